@@ -1,0 +1,89 @@
+"""Durable signing: a signature is on disk before its first byte leaves, and is never remade.
+
+The ledger holds, per (run, kind, round, sequence), the one envelope that this key ever signed. Asked again for the same
+record it returns the stored envelope; asked for another one it refuses. That holds across crashes and restarts.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from pathlib import Path
+from typing import Self
+
+from swarm_protocol.errors import ConfigurationError, EquivocationError
+from swarm_protocol.identity import Identity
+from swarm_protocol.records import Envelope, Record
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS signed (
+    key BLOB NOT NULL, run BLOB NOT NULL, kind TEXT NOT NULL, round INTEGER NOT NULL, sequence INTEGER NOT NULL,
+    envelope BLOB NOT NULL,
+    PRIMARY KEY (key, run, kind, round, sequence)
+) WITHOUT ROWID
+"""
+
+
+class SigningLedger:
+    """Signs records for one identity; safe to use from several threads."""
+
+    def __init__(self, path: Path, identity: Identity) -> None:
+        self._identity = identity
+        self._lock = threading.Lock()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._db = sqlite3.connect(path, timeout=10, check_same_thread=False, isolation_level=None)
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute("PRAGMA synchronous=FULL")
+            self._db.execute(_SCHEMA)
+        except sqlite3.DatabaseError as error:
+            raise ConfigurationError(f"the signing ledger {path} cannot be opened: {error}") from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def identity(self) -> Identity:
+        return self._identity
+
+    def sign(self, record: Record) -> Envelope:
+        """Sign a record once, for ever.
+
+        Raises:
+            EquivocationError: another record was signed under the same (run, kind, round, sequence).
+        """
+        envelope = Envelope.sign(self._identity, record)
+        name = (self._identity.public_key, record.run, record.kind, record.round, record.sequence)
+        with self._lock:
+            self._db.execute("INSERT OR IGNORE INTO signed VALUES (?, ?, ?, ?, ?, ?)", (*name, envelope.encode()))
+        stored = self.find(record.run, record.kind, record.round, record.sequence)
+        if stored is None or stored.body != record.body:
+            raise EquivocationError(
+                f"a different {record.kind} of round {record.round}, sequence {record.sequence}, was signed before"
+            )
+        return stored
+
+    def find(self, run: bytes, kind: str, round_number: int, sequence: int) -> Envelope | None:
+        """What was signed under this name, if anything."""
+        with self._lock:
+            row = self._db.execute(
+                "SELECT envelope FROM signed WHERE key = ? AND run = ? AND kind = ? AND round = ? AND sequence = ?",
+                (self._identity.public_key, run, kind, round_number, sequence),
+            ).fetchone()
+        return None if row is None else Envelope.decode(row[0])
+
+    def next_sequence(self, run: bytes, kind: str, round_number: int) -> int:
+        """One more than the largest sequence signed so far for (run, kind, round)."""
+        with self._lock:
+            (largest,) = self._db.execute(
+                "SELECT max(sequence) FROM signed WHERE key = ? AND run = ? AND kind = ? AND round = ?",
+                (self._identity.public_key, run, kind, round_number),
+            ).fetchone()
+        return 0 if largest is None else int(largest) + 1
+
+    def close(self) -> None:
+        with self._lock:
+            self._db.close()

@@ -1,0 +1,266 @@
+"""`RunSpec`: everything that defines a run. Its canonical hash is the run id.
+
+A run owner writes a `RunConfig` in TOML; `swarm-coordinator init` seals it, together with the hashes of the corpus and
+of checkpoint 0, the coordinator's key and the end of the beacon chain, into a `RunSpec`. Nothing in it changes afterwards.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from blake3 import blake3
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from swarm_protocol import PROTOCOL_VERSION, encoding
+from swarm_protocol.errors import ConfigurationError
+
+MAX_SPEC_BYTES = 1 << 16
+MAX_PARAMETERS = 1 << 31
+
+Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+"""A 32-byte BLAKE3 hash or Ed25519 public key, in lower-case hex."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
+
+
+class ModelSpec(_Section):
+    """A Llama decoder, with the names of a Hugging Face `LlamaConfig`."""
+
+    vocab_size: int = Field(256, ge=2, le=1 << 20)
+    hidden_size: int = Field(128, ge=8, le=16384)
+    intermediate_size: int = Field(352, ge=8, le=65536)
+    num_hidden_layers: int = Field(4, ge=1, le=256)
+    num_attention_heads: int = Field(4, ge=1, le=256)
+    num_key_value_heads: int = Field(2, ge=1, le=256)
+    max_position_embeddings: int = Field(128, ge=8, le=1 << 17)
+    rope_theta: float = Field(10000.0, ge=1.0, le=1e9)
+    rms_norm_eps: float = Field(1e-5, ge=1e-8, le=1e-2)
+    tie_word_embeddings: bool = True
+    initializer_range: float = Field(0.02, gt=0.0, le=1.0)
+
+    @model_validator(mode="after")
+    def _shapes_fit(self) -> Self:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError("hidden_size must be a multiple of num_attention_heads")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError("num_attention_heads must be a multiple of num_key_value_heads")
+        if self.head_dim % 2:
+            raise ValueError("hidden_size / num_attention_heads must be even, for rotary embeddings")
+        if self.num_parameters > MAX_PARAMETERS:
+            raise ValueError(
+                f"the model has {self.num_parameters:,} parameters; at most {MAX_PARAMETERS:,} are allowed"
+            )
+        return self
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def num_parameters(self) -> int:
+        d, f, kv = self.hidden_size, self.intermediate_size, self.num_key_value_heads * self.head_dim
+        per_layer = 2 * d * d + 2 * d * kv + 3 * d * f + 2 * d
+        heads = 1 if self.tie_word_embeddings else 2
+        return heads * self.vocab_size * d + self.num_hidden_layers * per_layer + d
+
+
+class DataConfig(_Section):
+    """How a corpus becomes shards of tokens."""
+
+    tokenizer: str = Field("bytes", description="'bytes', or the path of a Hugging Face tokenizer.json")
+    shard_tokens: int = Field(1 << 18, ge=1 << 10, le=1 << 26)
+    held_out_fraction: float = Field(0.02, gt=0.0, le=0.5)
+    held_out_windows: int = Field(64, ge=1, le=1 << 16, description="windows per evaluation of a checkpoint")
+
+
+class DataSpec(_Section):
+    root: Hash
+    tokenizer: str = Field(description="'bytes', or the hash of the tokenizer.json that is served with the data")
+    train_tokens: int = Field(ge=1)
+    held_out_windows: int = Field(ge=1, le=1 << 16)
+
+
+class OptimizerSpec(_Section):
+    """The inner optimizer. Its state is fresh each round; `warmup_steps` counts within the round.
+
+    `muon` applies to the matrices of the decoder layers; everything else is AdamW with `adamw_lr`.
+    """
+
+    name: Literal["muon", "adamw"] = "muon"
+    lr: float = Field(0.03, gt=0.0, le=10.0, description="Muon's, or AdamW's where that is all there is")
+    momentum: float = Field(0.95, ge=0.0, lt=1.0, description="Muon's Nesterov momentum")
+    newton_schulz_steps: int = Field(5, ge=1, le=12)
+    adamw_lr: float = Field(3e-3, gt=0.0, le=10.0, description="for what Muon does not cover")
+    beta1: float = Field(0.9, ge=0.0, lt=1.0)
+    beta2: float = Field(0.95, ge=0.0, lt=1.0)
+    eps: float = Field(1e-6, ge=1e-8, le=1e-2, description="below 1e-6 honest replays become noisy")
+    weight_decay: float = Field(0.0, ge=0.0, le=1.0)
+    warmup_steps: int = Field(5, ge=0, le=10_000)
+    clip_norm: float = Field(1.0, gt=0.0, le=1e6)
+
+
+class TrainingSpec(_Section):
+    batch_sequences: int = Field(8, ge=1, le=1 << 14, description="sequences per inner step")
+    micro_sequences: int = Field(
+        8, ge=1, le=1 << 14, description="sequences per micro-batch; must divide batch_sequences"
+    )
+    steps: int = Field(
+        20, ge=1, le=10_000, description="inner steps per round (H); the most where fixed_steps is false"
+    )
+    fixed_steps: bool = Field(True, description="every slot does exactly `steps`, however fast it is")
+    segment_steps: int = Field(5, ge=1, le=10_000, description="inner steps between two committed states")
+    precision: Literal["float32"] = "float32"
+    optimizer: OptimizerSpec = OptimizerSpec()
+
+    @model_validator(mode="after")
+    def _batches_fit(self) -> Self:
+        if self.batch_sequences % self.micro_sequences:
+            raise ValueError("batch_sequences must be a multiple of micro_sequences")
+        return self
+
+
+class OuterSpec(_Section):
+    """Nesterov on the averaged pseudo-gradient, in the exact domain (DiLoCo, Douillard et al. 2023, section 2)."""
+
+    lr: float = Field(1.0, gt=0.0, le=10.0)
+    momentum: float = Field(0.3, ge=0.0, lt=1.0)
+
+
+class ExchangeSpec(_Section):
+    parts: int = Field(8, ge=1, le=1 << 16)
+    codec: Literal["none", "int8", "int4"] = "int4"
+    aggregator: Literal["mean"] = "mean"
+    max_norm: float = Field(1e4, gt=0.0, le=1e12, description="L2 bound of an averaged part; one above it is missing")
+    weight_cap_tokens: int = Field(1 << 20, ge=1, le=1 << 24, description="a slot weighs at most this many tokens")
+    weight_after: int = Field(0, ge=0, le=1000, description="accepted contributions before an identity has weight (k)")
+
+
+class RoundsSpec(_Section):
+    count: int = Field(6, ge=1, le=1_000_000)
+    min_nodes: int = Field(1, ge=1, le=10_000)
+    max_nodes: int = Field(256, ge=1, le=10_000)
+    presence_s: float = Field(30.0, ge=1.0, le=3600.0, description="a node not heard of for this long is gone")
+    assemble_s: float = Field(
+        15.0, ge=0.0, le=3600.0, description="how long to wait for more nodes once enough are ready"
+    )
+    train_s: float = Field(120.0, ge=1.0, le=86400.0)
+    exchange_s: float = Field(60.0, ge=1.0, le=86400.0)
+    open_s: float = Field(10.0, ge=0.1, le=3600.0)
+    keep_rounds: int = Field(4, ge=1, le=1000, description="rounds for which nodes keep inputs and evidence")
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> Self:
+        if self.min_nodes > self.max_nodes:
+            raise ValueError("min_nodes must not exceed max_nodes")
+        return self
+
+
+class AuditSpec(_Section):
+    probation: int = Field(10, ge=0, le=1000, description="an identity's first contributions, all audited")
+    rate: float = Field(0.2, ge=0.0, le=1.0, description="share of later contributions that is audited")
+    accept: float = Field(1e-4, gt=0.0, lt=1.0, description="relative L2 distance up to which a replay agrees (native)")
+    reject: float = Field(3e-4, gt=0.0, lt=10.0, description="relative L2 distance above which it disagrees (native)")
+    evidence_s: float = Field(60.0, ge=1.0, le=86400.0, description="time a node has to serve its evidence")
+    rejecting_auditors: int = Field(
+        2, ge=1, le=10, description="auditors that must agree before a contribution is rejected"
+    )
+    max_unavailable: int = Field(3, ge=1, le=1000, description="unavailable verdicts that end an identity's standing")
+    tolerance_file: Hash | None = Field(None, description="hash of the calibrated tolerances (native)")
+
+    @model_validator(mode="after")
+    def _band_fits(self) -> Self:
+        if self.accept > self.reject:
+            raise ValueError("accept must not exceed reject")
+        return self
+
+
+class RunConfig(_Section):
+    """What the run owner writes, in TOML."""
+
+    name: str = Field("demo", min_length=1, max_length=64, pattern=r"^[\w .:-]+$")
+    seed: int = Field(0, ge=0, lt=1 << 63)
+    numerics: Literal["native"] = "native"
+    model: ModelSpec = ModelSpec()
+    data: DataConfig = DataConfig()
+    training: TrainingSpec = TrainingSpec()
+    exchange: ExchangeSpec = ExchangeSpec()
+    outer: OuterSpec = OuterSpec()
+    rounds: RoundsSpec = RoundsSpec()
+    audit: AuditSpec = AuditSpec()
+
+    @classmethod
+    def from_toml(cls, source: Path | str) -> RunConfig:
+        """Read a TOML file, or TOML text.
+
+        Raises:
+            ConfigurationError: names every field that is wrong, what is allowed and what was found.
+        """
+        where = str(source) if isinstance(source, Path) else "the run's TOML"
+        try:
+            text = source.read_text() if isinstance(source, Path) else source
+            return cls.model_validate(tomllib.loads(text))
+        except OSError as error:
+            raise ConfigurationError(f"{where} cannot be read: {error.strerror}") from error
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigurationError(f"{where} is not TOML: {error}") from error
+        except ValidationError as error:
+            raise ConfigurationError(explain(error, where)) from error
+
+
+class RunSpec(_Section):
+    """The sealed definition of a run."""
+
+    protocol: int = Field(PROTOCOL_VERSION, ge=1)
+    name: str = Field(min_length=1, max_length=64)
+    seed: int = Field(ge=0, lt=1 << 63)
+    numerics: Literal["native"]
+    coordinator: Hash
+    checkpoint: Hash = Field(description="root of checkpoint 0")
+    beacon: Hash = Field(description="the end of the beacon chain")
+    model: ModelSpec
+    data: DataSpec
+    training: TrainingSpec
+    exchange: ExchangeSpec
+    outer: OuterSpec
+    rounds: RoundsSpec
+    audit: AuditSpec
+
+    def encode(self) -> bytes:
+        """Canonical bytes; `run_id` is their hash."""
+        return encoding.encode(self.model_dump(mode="python"))
+
+    @classmethod
+    def decode(cls, data: bytes) -> RunSpec:
+        """Raises `ConfigurationError` if the bytes are canonical but no valid spec, `EncodingError` if not canonical."""
+        value = encoding.decode(data, max_bytes=MAX_SPEC_BYTES)
+        try:
+            spec = cls.model_validate(value)
+        except ValidationError as error:
+            raise ConfigurationError(explain(error, "the run's spec")) from error
+        if spec.encode() != data:
+            raise ConfigurationError("the run's spec leaves fields out; ask the run owner to upgrade swarm-node")
+        return spec
+
+    @cached_property
+    def run_id(self) -> bytes:
+        return blake3(self.encode(), derive_key_context="swarm-node 2026 run spec").digest()
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.training.batch_sequences * self.model.max_position_embeddings
+
+
+def explain(error: ValidationError, where: str) -> str:
+    """One line per wrong field: its name, what is allowed, what was found."""
+    lines = []
+    for item in error.errors(include_url=False):
+        field = ".".join(str(step) for step in item["loc"]) or "(whole)"
+        found: Any = item.get("input")
+        shown = "" if isinstance(found, dict) else f" (found {found!r:.60})"
+        lines.append(f"  {field}: {item['msg']}{shown}")
+    return f"{where} is not valid:\n" + "\n".join(lines)

@@ -8,13 +8,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 _GOLDEN = Path(__file__).parent / "fixtures" / "golden"
+
+# Examples run beside other work on small machines, where a deadline per example says nothing about the code.
+settings.register_profile("swarm", deadline=None)
+settings.load_profile("swarm")
 
 
 @pytest.fixture
 def golden() -> Callable[[str, dict[str, object]], None]:
-    """`golden(name, vectors)` asserts that `vectors` are those of fixtures/golden/<name>.json, and names those that differ.
+    """`golden(name, vectors)` asserts that `vectors` are those of fixtures/golden/<name>.json, and names any that differ.
 
     With SWARM_WRITE_GOLDEN=1 it merges them into the file instead, so that several tests may share one. A vector of the
     exact domain that changes is a new protocol version.

@@ -1,1 +1,1 @@
-"""..."""
+"""The volunteer's side: join a run, train a slot of each round, exchange averages, serve evidence."""

@@ -265,8 +265,8 @@ class Evaluation(Record):
 KINDS: dict[str, type[Record]] = {
     record.kind: record
     for record in (
-        Registration, Appointment, Addresses, Ready, RoundPlan, Commitment, CommitmentSet, PartRecord, PartHeld, CheckpointReport,
-        RoundManifest, NonceOpening, BeaconReveal, Verdict, Evaluation,
+        Registration, Appointment, Addresses, Ready, RoundPlan, Commitment, CommitmentSet, PartRecord, PartHeld,
+        CheckpointReport, RoundManifest, NonceOpening, BeaconReveal, Verdict, Evaluation,
     )
 }  # fmt: skip
 

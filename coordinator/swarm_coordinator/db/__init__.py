@@ -1,0 +1,1 @@
+"""What the coordinator remembers: SQLite through SQLAlchemy. One writer; readers see whole transactions only."""

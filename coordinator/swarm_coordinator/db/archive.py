@@ -1,0 +1,125 @@
+"""What is stored of one run, looked up within one transaction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from swarm_coordinator.db.tables import AuditRow, NodeRow, OfficeRow, RecordRow, RoundRow, VerdictRow
+from swarm_protocol.records import Envelope, Outcome, Record, Role, parse
+
+R = TypeVar("R", bound=Record)
+
+
+class Archive:
+    def __init__(self, session: Session, run: bytes) -> None:
+        self.session = session
+        self.run = run
+
+    def find(self, kind: str, round_number: int, sequence: int, signer: bytes) -> RecordRow | None:
+        """The one record under this name, if there is one."""
+        return self.session.scalar(
+            select(RecordRow).filter_by(run=self.run, kind=kind, round=round_number, sequence=sequence, signer=signer)
+        )
+
+    def by_hash(self, digest: bytes) -> RecordRow | None:
+        """The first record that was stored with this hash."""
+        query = select(RecordRow).filter_by(run=self.run, hash=digest).order_by(RecordRow.id).limit(1)
+        return self.session.scalar(query)
+
+    def of_round(self, kind: str, round_number: int) -> Sequence[RecordRow]:
+        """A round's records of one kind, as they came in."""
+        query = select(RecordRow).filter_by(run=self.run, kind=kind, round=round_number).order_by(RecordRow.id)
+        return self.session.scalars(query).all()
+
+    def newest(self, kind: str, limit: int) -> Sequence[RecordRow]:
+        """The records of one kind that came in last, newest first."""
+        query = select(RecordRow).filter_by(run=self.run, kind=kind).order_by(RecordRow.id.desc()).limit(limit)
+        return self.session.scalars(query).all()
+
+    def leaves(self, start: int, count: int) -> Sequence[RecordRow]:
+        """Entries of the log, from leaf `start` on."""
+        query = select(RecordRow).filter(
+            RecordRow.run == self.run, RecordRow.leaf >= start, RecordRow.leaf < start + count
+        )
+        return self.session.scalars(query.order_by(RecordRow.leaf)).all()
+
+    def stored(self, record_type: type[R], digest: bytes) -> R:
+        """A record that has to be there, by its hash; its signature was checked when it came in."""
+        row = self.by_hash(digest)
+        if row is None:
+            raise LookupError(f"the database lost the {record_type.kind} {digest.hex()}")
+        record = opened(row)
+        if not isinstance(record, record_type):
+            raise LookupError(f"{digest.hex()} is no {record_type.kind}")
+        return record
+
+    def node(self, key: bytes) -> NodeRow | None:
+        return self.session.get(NodeRow, (self.run, key))
+
+    def nodes(self) -> Sequence[NodeRow]:
+        return self.session.scalars(select(NodeRow).filter_by(run=self.run).order_by(NodeRow.registered_ms)).all()
+
+    def holds_office(self, key: bytes, role: Role) -> bool:
+        return self.session.get(OfficeRow, (self.run, key, role.value)) is not None
+
+    def count_offices(self, role: Role) -> int:
+        query = select(func.count()).select_from(OfficeRow).filter_by(run=self.run, role=role.value)
+        return self.session.scalar(query) or 0
+
+    def round(self, number: int) -> RoundRow | None:
+        return self.session.get(RoundRow, (self.run, number))
+
+    def last_sealed(self) -> RoundRow | None:
+        """The newest round that has a manifest."""
+        query = select(RoundRow).filter(RoundRow.run == self.run, RoundRow.root.is_not(None))
+        return self.session.scalar(query.order_by(RoundRow.round.desc()).limit(1))
+
+    def rounds(self, limit: int) -> Sequence[RoundRow]:
+        """The newest sealed rounds, oldest first."""
+        query = select(RoundRow).filter(RoundRow.run == self.run, RoundRow.root.is_not(None))
+        return self.session.scalars(query.order_by(RoundRow.round.desc()).limit(limit)).all()[::-1]
+
+    def audit(self, round_number: int, slot: int) -> AuditRow | None:
+        return self.session.get(AuditRow, (self.run, round_number, slot))
+
+    def open_audits(self, auditor: bytes) -> list[tuple[AuditRow, int]]:
+        """Audits without an outcome that this auditor has not voted on, oldest first, with how many others have."""
+        verdicts = (
+            select(func.count())
+            .where(VerdictRow.run == AuditRow.run, VerdictRow.round == AuditRow.round, VerdictRow.slot == AuditRow.slot)
+            .correlate(AuditRow)
+        )
+        mine = verdicts.where(VerdictRow.auditor == auditor).scalar_subquery()
+        query = (
+            select(AuditRow, verdicts.scalar_subquery())
+            .where(AuditRow.run == self.run, AuditRow.outcome.is_(None), mine == 0)
+            .order_by(AuditRow.round, AuditRow.slot)
+        )
+        return [(audit, count) for audit, count in self.session.execute(query)]
+
+    def verdicts(self, round_number: int, slot: int) -> dict[bytes, Outcome]:
+        query = select(VerdictRow).filter_by(run=self.run, round=round_number, slot=slot)
+        return {row.auditor: Outcome(row.outcome) for row in self.session.scalars(query)}
+
+    def count_audits(self) -> dict[str | None, int]:
+        """Audits by outcome; None for those that are pending."""
+        query = select(AuditRow.outcome, func.count()).filter_by(run=self.run).group_by(AuditRow.outcome)
+        return {outcome: count for outcome, count in self.session.execute(query)}
+
+    def count_comparisons(self) -> dict[str | None, int]:
+        query = select(VerdictRow.comparison, func.count()).filter_by(run=self.run).group_by(VerdictRow.comparison)
+        return {comparison: count for comparison, count in self.session.execute(query)}
+
+    def rejected(self, limit: int) -> Sequence[AuditRow]:
+        """The newest rejected contributions, oldest first."""
+        query = select(AuditRow).filter_by(run=self.run, outcome=Outcome.REJECTED.value)
+        return self.session.scalars(query.order_by(AuditRow.round.desc(), AuditRow.slot).limit(limit)).all()[::-1]
+
+
+def opened(row: RecordRow) -> Record:
+    """A stored record; its signature was checked when it came in."""
+    return parse(Envelope.decode(row.envelope).body)

@@ -1,0 +1,123 @@
+"""What goes into the round state machine, and what comes out of it (see `rounds`).
+
+Events say what happened; effects say what the shell has to do, in their order, in the transaction that stores the event.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from swarm_protocol.records import Seat
+
+
+@dataclass(frozen=True, slots=True)
+class NodeReady:
+    """`accepted` counts the node's contributions that audits accepted."""
+
+    peer: bytes
+    round: int
+    base: bytes
+    tokens_per_s: float
+    can_reduce: bool
+    accepted: int
+
+
+@dataclass(frozen=True, slots=True)
+class NodeGone:
+    """Its standing ended: it takes no further part."""
+
+    peer: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    slot: int
+    hash: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PartPublished:
+    record_hash: bytes
+    part: int
+    reducer: bytes
+    slots: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PartHeld:
+    record_hash: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Rooted:
+    """The checkpoint worker applied these parts."""
+
+    parts: tuple[bytes | None, ...]
+    root: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    slot: int
+    nonce: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time passed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """The coordinator was away for so long; nobody's time ran meanwhile. Negative if the clock was set back."""
+
+    away_ms: int
+
+
+Event = NodeReady | NodeGone | Committed | PartPublished | PartHeld | Rooted | Opened | Tick | Resumed
+
+
+@dataclass(frozen=True, slots=True)
+class PublishPlan:
+    round: int
+    base: bytes
+    roster: tuple[Seat, ...]
+    cursor: int
+    commit_by_ms: int
+    exchange_by_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class PublishCommitmentSet:
+    round: int
+    commitments: tuple[tuple[int, bytes], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestRoot:
+    """Ask the checkpoint worker to apply these part records: per part a hash, or None for a missing one."""
+
+    round: int
+    parts: tuple[bytes | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PublishManifest:
+    round: int
+    parts: tuple[bytes | None, ...]
+    base: bytes
+    root: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class RevealBeacon:
+    round: int
+    openings: tuple[tuple[int, bytes], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """All rounds are done."""
+
+
+Effect = PublishPlan | PublishCommitmentSet | RequestRoot | PublishManifest | RevealBeacon | Finish

@@ -1,0 +1,377 @@
+"""A run's rounds as a pure state machine: `advance(state, event, now_ms) -> (state, effects)`.
+
+No I/O, no clock, no database. The shell turns accepted records into events and effects into signed records. What holds
+whatever the order of events, and however often one comes: a round ends if time passes and the checkpoint worker answers;
+each effect comes once per round and in order; a slot counts once; who vanishes is waited for until the phase's end at most.
+
+    assembling -> training -> exchanging -> sealing -> opening -> assembling of the next round ... -> finished
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from blake3 import blake3
+
+from swarm_coordinator.round_events import (
+    Committed,
+    Effect,
+    Event,
+    Finish,
+    NodeGone,
+    NodeReady,
+    Opened,
+    PartHeld,
+    PartPublished,
+    PublishCommitmentSet,
+    PublishManifest,
+    PublishPlan,
+    RequestRoot,
+    Resumed,
+    RevealBeacon,
+    Rooted,
+)
+from swarm_protocol.records import Seat
+from swarm_protocol.spec import RunSpec
+
+
+class Phase(StrEnum):
+    ASSEMBLING = "assembling"
+    TRAINING = "training"
+    EXCHANGING = "exchanging"
+    SEALING = "sealing"
+    OPENING = "opening"
+    FINISHED = "finished"
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What the machine needs of a RunSpec."""
+
+    run: bytes
+    rounds: int
+    parts: int
+    min_nodes: int
+    max_nodes: int
+    presence_ms: int
+    assemble_ms: int
+    train_ms: int
+    exchange_ms: int
+    open_ms: int
+    steps: int
+    fixed_steps: bool
+    batch_sequences: int
+    tokens_per_step: int
+    weight_cap_tokens: int
+    weight_after: int
+
+    @classmethod
+    def of(cls, spec: RunSpec, parts: int) -> Policy:
+        rounds, training = spec.rounds, spec.training
+        return cls(
+            run=spec.run_id,
+            rounds=rounds.count,
+            parts=parts,
+            min_nodes=rounds.min_nodes,
+            max_nodes=rounds.max_nodes,
+            presence_ms=_milliseconds(rounds.presence_s),
+            assemble_ms=_milliseconds(rounds.assemble_s),
+            train_ms=_milliseconds(rounds.train_s),
+            exchange_ms=_milliseconds(rounds.exchange_s),
+            open_ms=_milliseconds(rounds.open_s),
+            steps=training.steps,
+            fixed_steps=training.fixed_steps,
+            batch_sequences=training.batch_sequences,
+            tokens_per_step=spec.tokens_per_step,
+            weight_cap_tokens=spec.exchange.weight_cap_tokens,
+            weight_after=spec.exchange.weight_after,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """A node would take a slot in round `round`, which starts from `base`."""
+
+    round: int
+    base: bytes
+    tokens_per_s: float
+    can_reduce: bool
+    accepted: int
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A node that was heard of lately."""
+
+    peer: bytes
+    seen_ms: int
+    offer: Offer | None
+
+
+@dataclass(frozen=True, slots=True)
+class Average:
+    """A part record that a reducer published, and whether the checkpoint worker holds its bytes."""
+
+    record_hash: bytes
+    part: int
+    reducer: bytes
+    slots: tuple[int, ...]
+    held: bool
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """Where a run is. Tuples of (slot, ...) are in slot order; `phase_ends_ms` is None where only an event ends the phase."""
+
+    policy: Policy
+    base: bytes
+    round: int = 0
+    phase: Phase = Phase.ASSEMBLING
+    phase_ends_ms: int | None = None
+    cursor: int = 0
+    nodes: tuple[Node, ...] = ()
+    ended: tuple[bytes, ...] = ()
+    previous: tuple[bytes, ...] = ()
+    roster: tuple[Seat, ...] = ()
+    commitments: tuple[tuple[int, bytes], ...] = ()
+    averages: tuple[Average, ...] = ()
+    parts: tuple[bytes | None, ...] = ()
+    root: bytes | None = None
+    openings: tuple[tuple[int, bytes], ...] = ()
+
+    @property
+    def committed(self) -> tuple[int, ...]:
+        return tuple(slot for slot, _ in self.commitments)
+
+    def slot_of(self, peer: bytes) -> int | None:
+        return next((slot for slot, seat in enumerate(self.roster) if seat.peer == peer), None)
+
+
+def advance(state: State, event: Event, now_ms: int) -> tuple[State, tuple[Effect, ...]]:
+    """Take note of an event at a time, then leave every phase that is over. The same object comes back if nothing changed."""
+    state = _noted(state, event, now_ms)
+    effects: list[Effect] = []
+    while (step := _step(state, now_ms)) is not None:
+        state, effect = step
+        if effect is not None:
+            effects.append(effect)
+    return state, tuple(effects)
+
+
+def ready_peers(state: State, now_ms: int) -> tuple[Node, ...]:
+    """Nodes present that offered to take a slot in this round, from the right checkpoint."""
+    return tuple(
+        node
+        for node in state.nodes
+        if _present(state, node, now_ms)
+        and node.offer is not None
+        and node.offer.round == state.round
+        and node.offer.base == state.base
+    )
+
+
+def _noted(state: State, event: Event, now_ms: int) -> State:
+    match event:
+        case NodeReady():
+            return _note_ready(state, event, now_ms)
+        case NodeGone(peer=peer) if peer not in state.ended:
+            ended = tuple(sorted((*state.ended, peer)))
+            return replace(state, ended=ended, nodes=tuple(node for node in state.nodes if node.peer != peer))
+        case Committed(slot=slot) if state.phase is Phase.TRAINING and _open_slot(state, slot, state.commitments):
+            state = _heard(state, state.roster[slot].peer, now_ms)
+            return replace(state, commitments=tuple(sorted((*state.commitments, (slot, event.hash)))))
+        case PartPublished() if state.phase is Phase.EXCHANGING and _acceptable(state, event):
+            state = _heard(state, event.reducer, now_ms)
+            average = Average(event.record_hash, event.part, event.reducer, event.slots, held=False)
+            return replace(state, averages=(*state.averages, average))
+        case PartHeld(record_hash=record_hash) if state.phase is Phase.EXCHANGING:
+            if not any(average.record_hash == record_hash and not average.held for average in state.averages):
+                return state
+            averages = (replace(a, held=a.held or a.record_hash == record_hash) for a in state.averages)
+            return replace(state, averages=tuple(averages))
+        case Rooted(parts=parts, root=root) if state.phase is Phase.SEALING and parts == state.parts:
+            return replace(state, root=root)
+        case Opened(slot=slot) if state.phase is Phase.OPENING and slot in state.committed:
+            if not _open_slot(state, slot, state.openings):
+                return state
+            state = _heard(state, state.roster[slot].peer, now_ms)
+            return replace(state, openings=tuple(sorted((*state.openings, (slot, event.nonce)))))
+        case Resumed(away_ms=away_ms) if away_ms:
+            ends = None if state.phase_ends_ms is None else state.phase_ends_ms + away_ms
+            nodes = tuple(replace(node, seen_ms=node.seen_ms + away_ms) for node in state.nodes)
+            return replace(state, phase_ends_ms=ends, nodes=nodes)
+        case _:
+            return state
+
+
+def _note_ready(state: State, event: NodeReady, now_ms: int) -> State:
+    if event.peer in state.ended or state.phase is Phase.FINISHED:
+        return state
+    offer = None
+    this_round = event.round == state.round and event.base == state.base
+    next_round = event.round == state.round + 1 and state.phase is Phase.OPENING and event.base == state.root
+    if this_round or next_round:
+        offer = Offer(event.round, event.base, event.tokens_per_s, event.can_reduce, event.accepted)
+    return _heard(state, event.peer, now_ms, offer)
+
+
+def _heard(state: State, peer: bytes, now_ms: int, offer: Offer | None = None) -> State:
+    if peer in state.ended:
+        return state
+    nodes = [node for node in state.nodes if node.peer != peer]
+    known = next((node for node in state.nodes if node.peer == peer), None)
+    if offer is None and known is not None:
+        offer = known.offer
+    insort(nodes, Node(peer, now_ms, offer), key=lambda node: node.peer)
+    return replace(state, nodes=tuple(nodes))
+
+
+def _open_slot(state: State, slot: int, taken: Iterable[tuple[int, bytes]]) -> bool:
+    """Whether something may still be noted for a slot: it exists, its holder stands, and nothing was noted yet."""
+    return (
+        0 <= slot < len(state.roster)
+        and state.roster[slot].peer not in state.ended
+        and all(slot != other for other, _ in taken)
+    )
+
+
+def _acceptable(state: State, event: PartPublished) -> bool:
+    slot = state.slot_of(event.reducer)
+    ascending = all(first < second for first, second in zip(event.slots, event.slots[1:], strict=False))
+    return (
+        slot is not None
+        and state.roster[slot].reducer
+        and event.reducer not in state.ended
+        and 0 <= event.part < state.policy.parts
+        and bool(event.slots)
+        and ascending
+        and set(event.slots) <= set(state.committed)
+        and not any(
+            average.record_hash == event.record_hash or (average.reducer, average.part) == (event.reducer, event.part)
+            for average in state.averages
+        )
+    )
+
+
+def _step(state: State, now_ms: int) -> tuple[State, Effect | None] | None:
+    """The one next transition that is due, or None if the phase lasts."""
+    due = state.phase_ends_ms is not None and now_ms >= state.phase_ends_ms
+    match state.phase:
+        case Phase.ASSEMBLING:
+            return _assemble(state, now_ms, due)
+        case Phase.TRAINING if due or _all_done(state, range(len(state.roster)), state.committed):
+            return _close_contributions(state, now_ms)
+        case Phase.EXCHANGING if due or _all_held(state):
+            parts = tuple(_best(state, part) for part in range(state.policy.parts))
+            state = replace(state, phase=Phase.SEALING, phase_ends_ms=None, parts=parts)
+            return state, RequestRoot(state.round, parts)
+        case Phase.SEALING if state.root is not None:
+            manifest = PublishManifest(state.round, state.parts, state.base, state.root)
+            return replace(state, phase=Phase.OPENING, phase_ends_ms=now_ms + state.policy.open_ms), manifest
+        case Phase.OPENING if due or _all_done(state, state.committed, [slot for slot, _ in state.openings]):
+            return _next_round(state, now_ms), RevealBeacon(state.round, state.openings)
+        case _:
+            return None
+
+
+def _assemble(state: State, now_ms: int, due: bool) -> tuple[State, Effect | None] | None:
+    policy = state.policy
+    if state.round >= policy.rounds:
+        return replace(state, phase=Phase.FINISHED, phase_ends_ms=None), Finish()
+    ready = ready_peers(state, now_ms)
+    if len(ready) < policy.min_nodes:
+        return None if state.phase_ends_ms is None else (replace(state, phase_ends_ms=None), None)
+    if state.phase_ends_ms is None:
+        return replace(state, phase_ends_ms=now_ms + policy.assemble_ms), None
+    if not due and not _complete(state, ready, now_ms):
+        return None
+    if len(ready) > policy.max_nodes:
+        ready = tuple(sorted(ready, key=lambda node: _lot(state, node.peer))[: policy.max_nodes])
+    roster = tuple(_seat(policy, node) for node in sorted(ready, key=lambda node: node.peer))
+    commit_by_ms = now_ms + policy.train_ms
+    state = replace(state, phase=Phase.TRAINING, phase_ends_ms=commit_by_ms, roster=roster)
+    plan = PublishPlan(state.round, state.base, roster, state.cursor, commit_by_ms, commit_by_ms + policy.exchange_ms)
+    return state, plan
+
+
+def _complete(state: State, ready: tuple[Node, ...], now_ms: int) -> bool:
+    """Whether waiting longer for more nodes is pointless."""
+    if len(ready) >= state.policy.max_nodes:
+        return True
+    if not state.previous:
+        return False
+    expected = {node.peer for node in state.nodes if node.peer in state.previous and _present(state, node, now_ms)}
+    return expected <= {node.peer for node in ready}
+
+
+def _seat(policy: Policy, node: Node) -> Seat:
+    offer = node.offer
+    assert offer is not None
+    steps = policy.steps
+    if not policy.fixed_steps:
+        # Four fifths of what the declared speed allows: the last fifth is for hashing and hiccups.
+        possible = int(0.8 * offer.tokens_per_s * policy.train_ms / 1000 / policy.tokens_per_step)
+        steps = max(1, min(possible, policy.steps))
+    weight = 0
+    if offer.accepted >= policy.weight_after:
+        weight = min(steps * policy.tokens_per_step, policy.weight_cap_tokens)
+    return Seat(peer=node.peer, steps=steps, weight=weight, reducer=offer.can_reduce)
+
+
+def _lot(state: State, peer: bytes) -> bytes:
+    """Who gets a slot where more are ready than there are: the lowest hash."""
+    material = state.policy.run + state.round.to_bytes(8, "little") + peer
+    return blake3(material, derive_key_context="swarm-node 2026 roster").digest()
+
+
+def _close_contributions(state: State, now_ms: int) -> tuple[State, Effect]:
+    counted = tuple((slot, digest) for slot, digest in state.commitments if state.roster[slot].peer not in state.ended)
+    ends_ms = now_ms + state.policy.exchange_ms
+    state = replace(state, phase=Phase.EXCHANGING, phase_ends_ms=ends_ms, commitments=counted)
+    return state, PublishCommitmentSet(state.round, counted)
+
+
+def _next_round(state: State, now_ms: int) -> State:
+    assert state.root is not None
+    windows = sum(seat.steps for seat in state.roster) * state.policy.batch_sequences
+    return State(
+        policy=state.policy,
+        base=state.root,
+        round=state.round + 1,
+        cursor=state.cursor + windows,
+        nodes=tuple(node for node in state.nodes if _present(state, node, now_ms)),
+        ended=state.ended,
+        previous=tuple(seat.peer for seat in state.roster),
+    )
+
+
+def _all_done(state: State, slots: Iterable[int], done: Iterable[int]) -> bool:
+    finished = set(done)
+    return all(slot in finished or state.roster[slot].peer in state.ended for slot in slots)
+
+
+def _all_held(state: State) -> bool:
+    if not state.commitments:
+        return True
+    whole = len(state.commitments)
+    covered = {average.part for average in state.averages if average.held and len(average.slots) == whole}
+    return len(covered) == state.policy.parts
+
+
+def _best(state: State, part: int) -> bytes | None:
+    """Among the averages of a part that are held, the one over the most slots; of equals, the lowest hash."""
+    held = [average for average in state.averages if average.part == part and average.held]
+    if not held:
+        return None
+    return min(held, key=lambda average: (-len(average.slots), average.record_hash)).record_hash
+
+
+def _present(state: State, node: Node, now_ms: int) -> bool:
+    return now_ms - node.seen_ms <= state.policy.presence_ms
+
+
+def _milliseconds(seconds: float) -> int:
+    return round(seconds * 1000)

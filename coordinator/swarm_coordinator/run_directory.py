@@ -1,0 +1,82 @@
+"""Where things are in a run's directory. `swarm-coordinator init` makes it; everything that serves the run reads it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from swarm_protocol.errors import ConfigurationError
+from swarm_protocol.spec import RunSpec
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The paths of one run. Keys, the beacon seed and the token are readable by their owner only."""
+
+    root: Path
+
+    @property
+    def spec_file(self) -> Path:
+        return self.root / "spec.cbor"
+
+    @property
+    def coordinator_key(self) -> Path:
+        return self.root / "coordinator.key"
+
+    @property
+    def worker_key(self) -> Path:
+        return self.root / "worker.key"
+
+    @property
+    def auditors(self) -> Path:
+        return self.root / "auditors"
+
+    @property
+    def beacon_seed_file(self) -> Path:
+        return self.root / "beacon.seed"
+
+    @property
+    def token_file(self) -> Path:
+        return self.root / "token"
+
+    @property
+    def database(self) -> Path:
+        return self.root / "coordinator.db"
+
+    @property
+    def objects(self) -> Path:
+        return self.root / "objects"
+
+    @property
+    def lock_file(self) -> Path:
+        return self.root / "lock"
+
+    def auditor_key(self, number: int) -> Path:
+        return self.auditors / f"{number}.key"
+
+    def auditor_keys(self) -> list[Path]:
+        """The auditors' key files, by number."""
+        return sorted(self.auditors.glob("*.key"), key=lambda path: (len(path.name), path.name))
+
+    def spec(self) -> RunSpec:
+        """Raises `ConfigurationError` where there is no run."""
+        return RunSpec.decode(self._read(self.spec_file))
+
+    def beacon_seed(self) -> bytes:
+        """The 32 bytes that the beacon chain starts from. Secret until the last round."""
+        seed = self._read(self.beacon_seed_file)
+        if len(seed) != 32:
+            raise ConfigurationError(f"{self.beacon_seed_file} is damaged; restore it from a backup")
+        return seed
+
+    def token(self) -> str | None:
+        """What a volunteer has to know to register, if anything."""
+        return self.token_file.read_text().strip() if self.token_file.exists() else None
+
+    def _read(self, path: Path) -> bytes:
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise ConfigurationError(
+                f"{path} cannot be read: {error.strerror}. Make a run first: swarm-coordinator init {self.root}"
+            ) from error

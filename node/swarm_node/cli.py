@@ -1,0 +1,110 @@
+"""The `swarm-node` command. Importing it loads neither torch nor hivemind: a command does, once it knows that it can run."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from swarm_protocol import PROTOCOL_VERSION, __version__
+from swarm_protocol.errors import SwarmError
+
+app = typer.Typer(
+    name="swarm-node",
+    help="Donate a CPU or GPU to train an open model together; every contribution is checked by replaying it.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+)
+
+
+def default_folder() -> Path:
+    """The XDG place for a node's data."""
+    base = os.environ.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
+    return Path(base) / "swarm-node"
+
+
+@app.command()
+def join(
+    url: Annotated[str, typer.Argument(help="The coordinator's address, for example https://swarm.example.org")],
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(help="Where the node keeps its identity and its work.", show_default="~/.local/share/swarm-node"),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="The name that others see.", show_default="this machine's name")
+    ] = None,
+    token: Annotated[
+        str | None, typer.Option(help="An invitation, if the run asks for one.", envvar="SWARM_TOKEN")
+    ] = None,
+    trust: Annotated[
+        str | None,
+        typer.Option(help="The coordinator's key (hex or PeerID); without it the first one seen is trusted."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, max=1024, help="CPU threads.", show_default="all")] = None,
+    cheat: Annotated[str | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """Join a run and contribute until it ends. Ctrl-C finishes the current contribution, a second one stops at once."""
+    from swarm_node import joining
+
+    joining.join(
+        joining.Options(
+            url=url,
+            data_dir=data_dir or default_folder(),
+            name=name,
+            token=token,
+            trust=trust,
+            device=device,
+            threads=threads,
+            cheat=cheat,
+        )
+    )
+
+
+@app.command()
+def demo(
+    nodes: Annotated[int, typer.Option(min=1, max=32, help="Volunteer processes.")] = 3,
+    rounds: Annotated[int, typer.Option(min=1, max=1000, help="Rounds to train.")] = 6,
+    cheaters: Annotated[int, typer.Option(min=0, max=8, help="Further volunteers that send made-up work.")] = 0,
+    corpus: Annotated[
+        list[Path] | None,
+        typer.Option(
+            exists=True, help="Text to train on; may be given several times.", show_default="Python's sources"
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="End with one JSON object on stdout.")] = False,
+    keep: Annotated[Path | None, typer.Option(help="Keep all files of the demo in this new folder.")] = None,
+) -> None:
+    """Train a small model on this machine: a coordinator, volunteers and auditors, each a process of its own."""
+    from swarm_node import demo as demonstration
+
+    raise typer.Exit(
+        demonstration.run(
+            demonstration.Options(
+                nodes=nodes, rounds=rounds, cheaters=cheaters, corpus=corpus or [], as_json=as_json, keep=keep
+            )
+        )
+    )
+
+
+@app.command()
+def version() -> None:
+    """Print the version of the software and of the protocol."""
+    typer.echo(f"swarm-node {__version__}, protocol {PROTOCOL_VERSION}")
+
+
+def main() -> None:
+    """The console script: errors that we raise on purpose become one clear message and an exit code."""
+    try:
+        app()
+    except SwarmError as error:
+        sys.stderr.write(f"swarm-node: {error}\n")
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""What a node serves to others: evidence of its contributions, encoded parts and averages, each by its hash.
+
+trace {round}    the state roots behind the trace root of our commitment
+state {root}     the chunk hashes behind a state root
+get   {hash}     a chunk of a state, an encoded part, or an average that we reduced
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from pathlib import Path
+
+from swarm_node.contribution import Contribution, load
+from swarm_node.folder import RunFolder
+from swarm_protocol.chunks import CHUNK_BYTES, StateManifest
+from swarm_protocol.errors import RefusedError
+from swarm_protocol.peers import Answer, Call, Handler
+from swarm_protocol.spec import RunSpec
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Where the bytes of a hash lie."""
+
+    path: Path
+    offset: int
+    size_bytes: int
+
+    def read(self) -> bytes:
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size_bytes)
+
+
+class Evidence:
+    """An index of everything on disk that others may ask for."""
+
+    def __init__(self) -> None:
+        self._pieces: dict[int, dict[bytes, _Piece]] = {}
+        self._states: dict[int, dict[bytes, StateManifest]] = {}
+        self._traces: dict[int, tuple[bytes, ...]] = {}
+
+    @property
+    def handlers(self) -> dict[str, Handler]:
+        return {"trace": self._trace, "state": self._state, "get": self._get}
+
+    def restore(self, spec: RunSpec, folder: RunFolder) -> None:
+        """Index what an earlier process left on disk."""
+        for round_number in folder.rounds():
+            work = folder.work(round_number)
+            contribution = load(spec, work)
+            if contribution is not None:
+                self.add(round_number, contribution)
+            for path in work.glob("average-*"):
+                self.add_average(round_number, bytes.fromhex(path.name.removeprefix("average-")), path)
+
+    def add(self, round_number: int, contribution: Contribution) -> None:
+        pieces = self._pieces.setdefault(round_number, {})
+        manifest = contribution.final_manifest
+        for index, digest in enumerate(manifest.hashes):
+            pieces[digest] = _Piece(contribution.state_path, index * CHUNK_BYTES, manifest.chunk_size(index))
+        for part, digest in enumerate(contribution.part_hashes):
+            path = contribution.part_path(part)
+            pieces[digest] = _Piece(path, 0, path.stat().st_size)
+        self._states.setdefault(round_number, {})[manifest.root] = manifest
+        self._traces[round_number] = contribution.state_roots
+
+    def add_average(self, round_number: int, digest: bytes, path: Path) -> None:
+        self._pieces.setdefault(round_number, {})[digest] = _Piece(path, 0, path.stat().st_size)
+
+    def find(self, digest: bytes) -> bytes | None:
+        """The bytes of a hash, if they are here."""
+        for pieces in list(self._pieces.values()):
+            if digest in pieces:
+                return pieces[digest].read()
+        return None
+
+    def prune(self, before: int) -> None:
+        """Forget rounds older than `before`."""
+        for index in (self._pieces, self._states, self._traces):
+            for round_number in [number for number in index if number < before]:
+                del index[round_number]
+
+    async def _trace(self, call: Call) -> Answer:
+        roots = self._traces.get(int(call.header["round"]))
+        if roots is None:
+            raise RefusedError("no contribution of that round is kept here")
+        return Answer(body=b"".join(roots))
+
+    async def _state(self, call: Call) -> Answer:
+        root = call.header["root"]
+        for manifests in self._states.values():
+            if root in manifests:
+                return Answer(body=manifests[root].encode())
+        raise RefusedError("no such state is kept here")
+
+    async def _get(self, call: Call) -> Answer:
+        digest = call.header["hash"]
+        try:
+            data = await asyncio.to_thread(self.find, digest) if isinstance(digest, bytes) else None
+        except OSError as error:
+            raise RefusedError("it is no longer kept here") from error
+        if data is None:
+            raise RefusedError("nothing of that hash is kept here")
+        return Answer(body=data)

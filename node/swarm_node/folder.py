@@ -1,0 +1,126 @@
+"""A node's data directory: one identity, what it has signed, and per run its shards, its checkpoint and its work.
+
+    DIR/identity                    the key file, mode 0600
+    DIR/signed.db                   every record this identity ever signed
+    DIR/trusted.json                coordinator keys by URL, pinned on first use
+    DIR/status.json                 what the node is doing, for people and for `swarm-node demo`
+    DIR/runs/RUN/shards/HASH        pieces of the corpus
+    DIR/runs/RUN/checkpoint         the newest checkpoint, with its round and root in checkpoint.json
+    DIR/runs/RUN/round-N/           a contribution and its evidence; results of parts that this node reduced
+
+Everything is written atomically, so that a crash at any point leaves a state that the next start understands.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from swarm_protocol.checkpoint import Checkpoint
+from swarm_protocol.errors import ConfigurationError, HashMismatchError
+from swarm_protocol.files import newest, remove_leftovers, write_atomic
+from swarm_protocol.spec import RunSpec
+
+
+class DataFolder:
+    """The directory of one node; locked, so that no two processes use one identity."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(root / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError as error:
+            raise ConfigurationError(f"the data directory {root} cannot be used: {error.strerror}") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigurationError(
+                f"another swarm-node uses {root}; stop it, or choose another place with --data-dir"
+            ) from error
+        remove_leftovers(root)
+
+    @property
+    def identity(self) -> Path:
+        return self.root / "identity"
+
+    @property
+    def ledger(self) -> Path:
+        return self.root / "signed.db"
+
+    def run(self, spec: RunSpec) -> RunFolder:
+        folder = RunFolder(self.root / "runs" / spec.run_id.hex()[:16], spec)
+        remove_leftovers(folder.root)
+        return folder
+
+    def write_status(self, status: dict[str, Any]) -> None:
+        write_atomic(self.root / "status.json", json.dumps(status).encode(), durable=False)
+
+    def pinned_key(self, url: str) -> str | None:
+        """The coordinator key (hex) that was trusted for this URL before."""
+        key = self._trusted().get(url)
+        return key if isinstance(key, str) else None
+
+    def pin(self, url: str, key: str) -> None:
+        write_atomic(self.root / "trusted.json", json.dumps({**self._trusted(), url: key}, indent=1).encode())
+
+    def _trusted(self) -> dict[str, Any]:
+        path = self.root / "trusted.json"
+        if not path.exists():
+            return {}
+        try:
+            value = json.loads(path.read_text())
+        except ValueError as error:
+            raise ConfigurationError(f"{path} is not JSON; correct it, or delete it to trust anew") from error
+        return value if isinstance(value, dict) else {}
+
+
+class RunFolder:
+    """What a node keeps of one run."""
+
+    def __init__(self, root: Path, spec: RunSpec) -> None:
+        self.root = root
+        self._spec = spec
+        self.shards.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def shards(self) -> Path:
+        return self.root / "shards"
+
+    def work(self, round_number: int) -> Path:
+        folder = self.root / f"round-{round_number}"
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    def rounds(self) -> list[int]:
+        """Rounds of which something is kept, newest first."""
+        return newest((path.name for path in self.root.iterdir()), "round-")
+
+    def prune(self, before: int) -> None:
+        """Forget rounds older than `before`."""
+        for number in self.rounds():
+            if number < before:
+                shutil.rmtree(self.root / f"round-{number}")
+
+    def save_checkpoint(self, checkpoint: Checkpoint) -> None:
+        # The state first, under its own name: a crash before the pointer moves leaves the older pair whole.
+        name = checkpoint.root.hex()
+        write_atomic(self.root / f"checkpoint-{name}", *checkpoint.buffers)
+        write_atomic(self.root / "checkpoint.json", json.dumps({"round": checkpoint.round, "root": name}).encode())
+        for path in self.root.glob("checkpoint-*"):
+            if path.name != f"checkpoint-{name}":
+                path.unlink()
+
+    def load_checkpoint(self) -> Checkpoint | None:
+        """The newest checkpoint on disk, verified; None if there is none or it is damaged."""
+        try:
+            pointer = json.loads((self.root / "checkpoint.json").read_text())
+            round_number, root = int(pointer["round"]), bytes.fromhex(pointer["root"])
+            data = (self.root / f"checkpoint-{root.hex()}").read_bytes()
+            return Checkpoint.from_bytes(self._spec, round_number, data, root)
+        except (OSError, ValueError, KeyError, TypeError, HashMismatchError):
+            return None

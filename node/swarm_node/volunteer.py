@@ -1,0 +1,416 @@
+"""The life of a volunteer: join, keep the checkpoint current, take a slot in each round, and leave without losing anything.
+
+The node follows what the coordinator has signed, not its own clock: plan, commitment set, manifest, beacon. Each step can be
+repeated after a crash; each wait ends by a record, by a deadline, or by the donor's Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from swarm_node import contribution as contributions
+from swarm_node.contribution import Contribution, Progress, Train
+from swarm_node.evidence import Evidence
+from swarm_node.exchange import Exchange, ExchangeDesk, fetch_averages
+from swarm_node.folder import DataFolder, RunFolder
+from swarm_protocol import PROTOCOL_VERSION, __version__, data, fetch
+from swarm_protocol import checkpoint as checkpoints
+from swarm_protocol.checkpoint import Checkpoint
+from swarm_protocol.client import Commitments, CoordinatorClient, SealedRound, persist
+from swarm_protocol.errors import InvalidDataError, RefusedError, SwarmError, UnreachableError
+from swarm_protocol.fingerprint import fingerprint_hash, runtime_fingerprint
+from swarm_protocol.peers import ADDRESS_TTL_S, PeerPlane
+from swarm_protocol.records import Addresses, Envelope, NonceOpening, Ready, Record, Registration, RoundPlan
+from swarm_protocol.signing import SigningLedger
+from swarm_protocol.training import NonFiniteError, TrainingCancelledError
+
+log = logging.getLogger(__name__)
+
+PATIENCE_S = 24 * 3600.0
+POLL_S = 15.0
+
+T = TypeVar("T")
+
+
+@dataclass
+class Progressing:
+    """What the node is doing, as `status.json` shows it."""
+
+    name: str
+    peer: str
+    run: str
+    state: str = "starting"
+    round: int = 0
+    step: int = 0
+    steps: int = 0
+    loss: float | None = None
+    contributions: int = 0
+    checkpoint: dict[str, Any] = field(default_factory=dict)
+    bytes_sent: int = 0
+    bytes_received: int = 0
+
+
+class Volunteer:
+    """One node in one run. `run` returns when the run is over, or when the donor asked to stop and the work is done."""
+
+    def __init__(
+        self,
+        client: CoordinatorClient,
+        folder: DataFolder,
+        ledger: SigningLedger,
+        plane: PeerPlane,
+        *,
+        name: str,
+        device: str,
+        threads: int,
+        say: Callable[[str], None],
+        how: Train = contributions.train,
+    ) -> None:
+        self._client = client
+        self._spec = client.spec
+        self._folder = folder
+        self._run_folder: RunFolder = folder.run(client.spec)
+        self._ledger = ledger
+        self._plane = plane
+        self._device = device
+        self._say = say
+        self._how = how
+        self._key = ledger.identity.public_key
+        self._fingerprint = runtime_fingerprint(device, threads)
+        self._evidence = Evidence()
+        self._desk = ExchangeDesk()
+        self._stopping = asyncio.Event()
+        self._checkpoint: Checkpoint | None = None
+        self._bootstrap: list[str] = []
+        self._tokens_per_s = 1000.0
+        self._background: set[asyncio.Task[None]] = set()
+        self.progress = Progressing(name, ledger.identity.peer_id, client.spec.run_id.hex())
+
+    def finish(self) -> None:
+        """Take no new work; `run` returns once the current contribution is complete."""
+        self._stopping.set()
+
+    async def run(self) -> None:
+        """Take part until the run ends or `finish` was called.
+
+        Raises:
+            RefusedError: the coordinator does not want this node (wrong version, wrong token, standing ended).
+            UnreachableError: the coordinator was gone for longer than `PATIENCE_S`.
+        """
+        self._evidence.restore(self._spec, self._run_folder)
+        self._checkpoint = await asyncio.to_thread(self._run_folder.load_checkpoint)
+        await self._plane.serve({**self._evidence.handlers, **self._desk.handlers})
+        await self._register()
+        shards = await self._patiently(lambda: fetch.Shards.open(self._client, self._run_folder.shards))
+        presence = asyncio.create_task(self._stay_connected())
+        try:
+            while not self._stopping.is_set():
+                finished = (await self._patiently(self._client.status))["phase"] == "finished"
+                checkpoint = await self._catch_up()
+                if finished and checkpoint.round == self._spec.rounds.count:
+                    self._say(
+                        f"The run is finished: {checkpoint.round} rounds, checkpoint {checkpoint.root.hex()[:12]}."
+                    )
+                    break
+                plan = await self._wait_for_plan(checkpoint)
+                if plan is not None:
+                    await self._take_part(plan, checkpoint, shards)
+            await self._serve_out()
+        finally:
+            presence.cancel()
+            for task in [*self._background, presence]:
+                task.cancel()
+            await asyncio.gather(presence, *self._background, return_exceptions=True)
+            self._tell("stopped")
+
+    # Joining
+
+    async def _register(self) -> None:
+        name = self.progress.name
+        await self._sign_and_post(
+            Registration(
+                run=self._spec.run_id,
+                round=0,
+                sequence=self._ledger.next_sequence(self._spec.run_id, Registration.kind, 0),
+                protocol=PROTOCOL_VERSION,
+                name=name,
+                agent=f"swarm-node {__version__}",
+                device=str(self._fingerprint.get("device_name", self._device))[:100],
+                fingerprint=fingerprint_hash(self._fingerprint),
+            )
+        )
+        self._say(f"Joined {self._spec.name!r} as {name} ({self.progress.peer}).")
+
+    async def _stay_connected(self) -> None:
+        """Keep our addresses in the DHT and a connection to the bootstrap peer, which may restart."""
+        announced_at = -ADDRESS_TTL_S
+        while True:
+            try:
+                addresses = await self._plane.addresses()
+                if time.monotonic() - announced_at > ADDRESS_TTL_S / 3:
+                    sequence = self._ledger.next_sequence(self._spec.run_id, Addresses.kind, 0)
+                    record = Addresses(
+                        run=self._spec.run_id, round=0, sequence=sequence, multiaddrs=tuple(addresses[:16])
+                    )
+                    await self._plane.announce(self._ledger.sign(record))
+                    announced_at = time.monotonic()
+                self._bootstrap = (await self._client.status())["peers"] or self._bootstrap
+                await self._plane.dial(self._bootstrap)
+            except (SwarmError, OSError, TimeoutError, ValueError) as error:
+                log.info("the peer plane is not whole yet: %s", error)
+            except Exception as error:  # noqa: BLE001  # the daemon's own errors; the next turn tries again
+                log.info("the bootstrap peer does not answer: %s", error)
+            await asyncio.sleep(min(5.0, self._spec.rounds.presence_s / 3))
+
+    # The checkpoint
+
+    async def _catch_up(self) -> Checkpoint:
+        """Hold the newest sealed checkpoint, from our disk or, verified chunk by chunk, from the coordinator."""
+        round_number, root = await self._patiently(self._client.latest_checkpoint)
+        held = self._checkpoint
+        if held is None or held.round < round_number or (held.round == round_number and held.root != root):
+            self._tell("fetching the checkpoint", round=round_number)
+            held = await self._patiently(lambda: fetch.checkpoint(self._client, round_number, root))
+            await self._hold(held)
+            self._say(f"Fetched checkpoint {round_number} ({root.hex()[:12]}), every chunk verified.")
+        return held
+
+    async def _hold(self, checkpoint: Checkpoint) -> None:
+        await asyncio.to_thread(self._run_folder.save_checkpoint, checkpoint)
+        self._checkpoint = checkpoint
+        self.progress.checkpoint = {"round": checkpoint.round, "root": checkpoint.root.hex()}
+
+    # A round
+
+    async def _wait_for_plan(self, checkpoint: Checkpoint) -> RoundPlan | None:
+        """Say that we are ready until the round is planned; None when the donor wants to stop or the run is over."""
+        self.progress.checkpoint = {"round": checkpoint.round, "root": checkpoint.root.hex()}
+        self._tell("waiting for the round to start", round=checkpoint.round)
+        pause_s = min(POLL_S, self._spec.rounds.presence_s / 3)
+        while not self._stopping.is_set():
+            if checkpoint.round == self._spec.rounds.count:
+                await self._unless_stopping(asyncio.sleep(0.5))
+                return None
+            ready = Ready(
+                run=self._spec.run_id,
+                round=checkpoint.round,
+                sequence=self._ledger.next_sequence(self._spec.run_id, Ready.kind, checkpoint.round),
+                base=checkpoint.root,
+                tokens_per_s=self._tokens_per_s,
+                can_reduce=True,
+                upload_bytes_per_s=0,
+            )
+            try:
+                await self._sign_and_post(ready)
+            except RefusedError as error:
+                if error.status == 403:
+                    raise
+                log.info("the coordinator does not wait for us in round %d: %s", checkpoint.round, error)
+            plan = await self._unless_stopping(
+                self._patiently(lambda: self._client.plan(checkpoint.round, wait_s=pause_s))
+            )
+            if plan is not None:
+                return plan
+            if (await self._patiently(self._client.latest_checkpoint))[0] > checkpoint.round:
+                return None
+        return None
+
+    async def _take_part(self, plan: RoundPlan, checkpoint: Checkpoint, shards: fetch.Shards) -> None:
+        slot = plan.slot_of(self._key)
+        closing = asyncio.create_task(self._commitments(plan))
+        try:
+            mine = None if slot is None else await self._contribute(plan, slot, checkpoint, shards, closing)
+            self._tell("waiting for the others" if mine else "following the round", round=plan.round)
+            commitments = await closing
+        finally:
+            closing.cancel()
+        exchange = Exchange(
+            self._spec, plan, commitments, plane=self._plane, ledger=self._ledger, folder=self._run_folder,
+            evidence=self._evidence, post=self._client.post,
+        )  # fmt: skip
+        await self._desk.open(exchange)
+        if mine is not None:
+            self._tell("exchanging", round=plan.round)
+        moving = asyncio.create_task(exchange.run(mine))
+        try:
+            sealed = await self._manifest(plan)
+        finally:
+            moving.cancel()
+            for outcome in await asyncio.gather(moving, return_exceptions=True):
+                if isinstance(outcome, Exception):
+                    log.warning("our share in the exchange of round %d failed: %s", plan.round, outcome)
+            await exchange.stop()
+            await self._desk.open(None)
+        if mine is not None:
+            self._in_background(self._open_nonce(plan, mine))
+        await self._hold(await self._advance(plan, checkpoint, sealed))
+        self._forget(plan.round)
+
+    async def _contribute(
+        self,
+        plan: RoundPlan,
+        slot: int,
+        checkpoint: Checkpoint,
+        shards: fetch.Shards,
+        closing: asyncio.Task[Commitments],
+    ) -> Contribution | None:
+        """Train our slot, unless a finished contribution is on disk, and commit to it; None if it came too late."""
+        work = self._run_folder.work(plan.round)
+        mine = await asyncio.to_thread(contributions.load, self._spec, work, plan.hash)
+        if mine is None:
+            mine = await self._train(plan, slot, checkpoint, shards, closing)
+            if mine is None:
+                return None
+        self._evidence.add(plan.round, mine)
+        try:
+            await self._sign_and_post(mine.commitment(self._spec, plan, fingerprint_hash(self._fingerprint)))
+        except RefusedError as error:
+            if error.status == 403:
+                raise
+            self._say(f"Round {plan.round}: the commitment came too late ({error}).")
+            return None
+        self.progress.contributions += 1
+        self._say(f"Round {plan.round}: slot {slot} committed, training loss {mine.loss:.3f}.")
+        return mine
+
+    async def _train(
+        self,
+        plan: RoundPlan,
+        slot: int,
+        checkpoint: Checkpoint,
+        shards: fetch.Shards,
+        closing: asyncio.Task[Commitments],
+    ) -> Contribution | None:
+        needed = data.shards_of(self._spec, plan, slot, shards.manifest)
+        await self._patiently(lambda: shards.ensure(needed))
+        stop = threading.Event()
+        closing.add_done_callback(lambda _: stop.set())
+        seat = plan.roster[slot]
+        loop = asyncio.get_running_loop()
+
+        def on_step(step: int, loss: float) -> None:
+            loop.call_soon_threadsafe(self._tell, "training", plan.round, step + 1, seat.steps, loss)
+
+        self._tell("training", plan.round, 0, seat.steps)
+        started = time.monotonic()
+        try:
+            mine = await asyncio.to_thread(
+                contributions.make, self._spec, plan, slot, checkpoint, shards.dataset,
+                self._run_folder.work(plan.round), Progress(on_step, stop.is_set, self._device), self._how,
+            )  # fmt: skip
+        except TrainingCancelledError:
+            self._say(f"Round {plan.round}: the round closed before our training was done.")
+            return None
+        except NonFiniteError as error:
+            self._say(f"Round {plan.round}: {error}")
+            return None
+        except asyncio.CancelledError:
+            stop.set()
+            raise
+        self._tokens_per_s = max(1e-3, seat.steps * self._spec.tokens_per_step / (time.monotonic() - started))
+        return mine
+
+    async def _advance(self, plan: RoundPlan, checkpoint: Checkpoint, sealed: SealedRound) -> Checkpoint:
+        """Apply the manifest's averages; where our root is not the manifest's, fetch the right checkpoint and say so."""
+        self._tell("applying the averages", round=plan.round)
+        try:
+            averages = await fetch_averages(
+                self._spec, sealed, plane=self._plane, client=self._client, evidence=self._evidence
+            )
+            following = await asyncio.to_thread(checkpoints.advance, self._spec, checkpoint, averages)
+            reason = "our checkpoint differs"
+        except (UnreachableError, RefusedError, InvalidDataError) as error:
+            following, reason = None, str(error)
+        if following is not None and following.root == sealed.manifest.root:
+            missing = sealed.manifest.parts.count(None)
+            note = f", {missing} of {len(sealed.manifest.parts)} parts missing" if missing else ""
+            self._say(f"Round {plan.round}: sealed, checkpoint {following.root.hex()[:12]}{note}.")
+            return following
+        self._say(f"Round {plan.round}: {reason}; fetching checkpoint {sealed.manifest.root.hex()[:12]} instead.")
+        return await self._patiently(lambda: fetch.checkpoint(self._client, plan.round + 1, sealed.manifest.root))
+
+    async def _open_nonce(self, plan: RoundPlan, mine: Contribution) -> None:
+        opening = NonceOpening(run=self._spec.run_id, round=plan.round, slot=mine.slot, nonce=mine.nonce)
+        with contextlib.suppress(RefusedError):  # too late means a certain audit, nothing worse
+            await self._sign_and_post(opening)
+
+    def _forget(self, round_number: int) -> None:
+        before = round_number - self._spec.rounds.keep_rounds
+        self._evidence.prune(before)
+        self._run_folder.prune(before)
+
+    async def _commitments(self, plan: RoundPlan) -> Commitments:
+        while True:
+            found = await self._patiently(lambda: self._client.commitments(plan, wait_s=POLL_S))
+            if found is not None:
+                return found
+
+    async def _manifest(self, plan: RoundPlan) -> SealedRound:
+        while True:
+            found = await self._patiently(lambda: self._client.manifest(plan, wait_s=POLL_S))
+            if found is not None:
+                return found
+
+    # Leaving
+
+    async def _serve_out(self) -> None:
+        """Serve evidence until our open audits have their verdict, or the time that the spec gives for evidence is over."""
+        await asyncio.gather(*self._background, return_exceptions=True)
+        end = time.monotonic() + self._spec.audit.evidence_s
+        while time.monotonic() < end:
+            try:
+                status = await self._client.status()
+            except SwarmError:
+                return
+            mine = [node for node in status["nodes"] if node["peer"] == self.progress.peer]
+            drawn = status["phase"] in ("assembling", "finished") or not self.progress.contributions
+            if drawn and not any(node["pending_audits"] for node in mine):
+                return
+            self._tell("serving evidence to auditors")
+            await asyncio.sleep(0.5)
+
+    # Small things
+
+    async def _sign_and_post(self, record: Record) -> Envelope:
+        envelope = await asyncio.to_thread(self._ledger.sign, record)
+        await self._patiently(lambda: self._client.post(envelope))
+        return envelope
+
+    async def _patiently(self, attempt: Callable[[], Awaitable[T]]) -> T:
+        def waiting(reason: str) -> None:
+            log.info("%s; trying again", reason)
+
+        return await persist(attempt, deadline_s=PATIENCE_S, waiting=waiting)
+
+    async def _unless_stopping(self, work: Awaitable[T]) -> T | None:
+        """The result of `work`, or None as soon as the donor asks to stop."""
+        task = asyncio.ensure_future(work)
+        stop = asyncio.create_task(self._stopping.wait())
+        try:
+            await asyncio.wait({task, stop}, return_when=asyncio.FIRST_COMPLETED)
+            return task.result() if task.done() else None
+        finally:
+            stop.cancel()
+            task.cancel()
+
+    def _in_background(self, work: Any) -> None:
+        task: asyncio.Task[None] = asyncio.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    def _tell(
+        self, state: str, round: int | None = None, step: int = 0, steps: int = 0, loss: float | None = None
+    ) -> None:
+        progress = self.progress
+        progress.state, progress.step, progress.steps = state, step, steps
+        progress.round = progress.round if round is None else round
+        progress.loss = progress.loss if loss is None else loss
+        progress.bytes_sent, progress.bytes_received = self._plane.traffic.sent, self._plane.traffic.received
+        self._folder.write_status(progress.__dict__)

@@ -1,0 +1,93 @@
+"""A checkpoint, and how the averages of a sealed round turn it into the next one. Exact domain.
+
+A checkpoint is everything that the next round needs: float32 parameters and the outer momentum, under one root. `advance`
+is the one function that nodes and the checkpoint worker both call, so that everybody ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from swarm_protocol import aggregate, chunks, outer, parts
+from swarm_protocol.chunks import StateManifest
+from swarm_protocol.errors import HashMismatchError, InvalidDataError
+from swarm_protocol.spec import RunSpec
+
+F32 = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What round `round` starts from: flat float32 parameters and momentum of equal length."""
+
+    round: int
+    parameters: F32
+    momentum: F32
+
+    @property
+    def buffers(self) -> tuple[F32, F32]:
+        """What its root is made of, in this order."""
+        return self.parameters, self.momentum
+
+    @cached_property
+    def manifest(self) -> StateManifest:
+        return chunks.manifest_of(*self.buffers)
+
+    @property
+    def root(self) -> bytes:
+        return self.manifest.root
+
+    @classmethod
+    def initial(cls, parameters: F32) -> Checkpoint:
+        return cls(0, parameters, np.zeros_like(parameters))
+
+    @classmethod
+    def from_bytes(cls, spec: RunSpec, round_number: int, data: Any, root: bytes) -> Checkpoint:
+        """Parse parameters || momentum.
+
+        Raises:
+            HashMismatchError: another length than the model's, or another root.
+        """
+        count = spec.model.num_parameters
+        if memoryview(data).nbytes != 8 * count:
+            raise HashMismatchError(f"a checkpoint of this run has {8 * count} bytes")
+        values = np.frombuffer(data, dtype="<f4").astype(np.float32, copy=False)
+        checkpoint = cls(round_number, values[:count], values[count:])
+        if checkpoint.root != root:
+            raise HashMismatchError("the checkpoint's bytes do not have the root that was asked for")
+        return checkpoint
+
+
+def decode_average(spec: RunSpec, part: int, data: bytes) -> F32:
+    """The averaged pseudo-gradient of one part from its encoding.
+
+    Raises:
+        InvalidDataError: not an encoding of this part, or not finite, or beyond the norm bound: by rule, missing.
+    """
+    values = parts.decode_part(spec, part, data)
+    if not aggregate.bounded(values, spec.exchange.max_norm):
+        raise InvalidDataError(f"the average of part {part} exceeds the norm bound {spec.exchange.max_norm}")
+    return values
+
+
+def advance(spec: RunSpec, checkpoint: Checkpoint, averages: Sequence[bytes | None]) -> Checkpoint:
+    """The next checkpoint, from one encoded average per part; None, or one that is not sound, is a zero pseudo-gradient.
+
+    Raises:
+        InvalidDataError: the result is not finite.
+    """
+    decoded: list[F32 | None] = []
+    for part, data in enumerate(averages):
+        try:
+            decoded.append(None if data is None else decode_average(spec, part, data))
+        except InvalidDataError:
+            decoded.append(None)
+    pseudo_gradient = parts.assemble(spec, decoded)
+    parameters, momentum = outer.outer_step(spec.outer, checkpoint.parameters, checkpoint.momentum, pseudo_gradient)
+    return Checkpoint(checkpoint.round + 1, parameters, momentum)

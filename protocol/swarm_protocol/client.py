@@ -1,0 +1,336 @@
+"""The coordinator's HTTP API, as nodes, auditors and the checkpoint worker use it.
+
+Every answer is checked before it is believed: the spec against the run id, records against their signatures, chunks against
+their hashes. Every call has a deadline; `UnreachableError` means that trying again later may help, `RefusedError` that the
+coordinator understood and said no.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import httpx
+
+from swarm_protocol import encoding
+from swarm_protocol.chunks import CHUNK_BYTES, StateManifest, content_hash
+from swarm_protocol.errors import (
+    ConfigurationError,
+    EncodingError,
+    HashMismatchError,
+    InvalidDataError,
+    RefusedError,
+    UnreachableError,
+)
+from swarm_protocol.records import (
+    MAX_RECORD_BYTES,
+    BeaconReveal,
+    Commitment,
+    CommitmentSet,
+    Envelope,
+    PartRecord,
+    RoundManifest,
+    RoundPlan,
+    decode_list,
+)
+from swarm_protocol.spec import MAX_SPEC_BYTES, RunSpec
+
+log = logging.getLogger(__name__)
+
+CBOR = "application/cbor"
+LONG_POLL_S = 20.0
+TIMEOUT_S = 20.0
+MAX_LIST_BYTES = 64 << 20
+MAX_JSON_BYTES = 16 << 20
+MAX_CHUNK_BYTES = 1 << 28
+
+T = TypeVar("T")
+
+
+class Commitments:
+    """A round's signed commitment set and the commitments that it names, by slot."""
+
+    def __init__(self, closing: CommitmentSet, by_slot: dict[int, Commitment]) -> None:
+        self.closing = closing
+        self.by_slot = by_slot
+
+
+class SealedRound:
+    """A round's manifest and the part records that it names, by their hash, with their reducers' keys."""
+
+    def __init__(self, manifest: RoundManifest, part_records: dict[bytes, tuple[PartRecord, bytes]]) -> None:
+        self.manifest = manifest
+        self.part_records = part_records
+
+
+class CoordinatorClient:
+    """One run at one coordinator. Make it with `connect`; close it, or use it as a context."""
+
+    def __init__(self, http: httpx.AsyncClient, url: str, spec: RunSpec, token: str | None) -> None:
+        self.url = url
+        self.spec = spec
+        self._http = http
+        self._token = token
+        self._base = f"{url}/v1/runs/{spec.run_id.hex()}"
+        self._owner = bytes.fromhex(spec.coordinator)
+
+    @classmethod
+    async def connect(cls, url: str, *, token: str | None = None, timeout_s: float = TIMEOUT_S) -> CoordinatorClient:
+        """Find the run at `url`: the one that it names (`.../v1/runs/RUN_ID`), or the only one there.
+
+        Raises:
+            UnreachableError, RefusedError, ConfigurationError
+        """
+        url = url.rstrip("/")
+        if "://" not in url:
+            url = f"http://{url}"
+        root, _, wanted = url.partition("/v1/runs/")
+        http = httpx.AsyncClient(timeout=httpx.Timeout(timeout_s), limits=httpx.Limits(max_connections=16))
+        try:
+            if not wanted:
+                runs = (await _request(http, "GET", f"{root}/v1/runs", MAX_JSON_BYTES)).json()
+                if not isinstance(runs, list) or len(runs) != 1:
+                    names = ", ".join(str(run.get("run_id")) for run in runs) if isinstance(runs, list) else "none"
+                    raise ConfigurationError(f"say which run: {root}/v1/runs/RUN_ID, with one of: {names}")
+                wanted = str(runs[0]["run_id"])
+            raw = (await _request(http, "GET", f"{root}/v1/runs/{wanted}/spec", MAX_SPEC_BYTES)).content
+            spec = RunSpec.decode(raw)
+            if spec.run_id.hex() != wanted:
+                raise HashMismatchError("the coordinator serves a spec that does not hash to the run id")
+        except BaseException:
+            await http.aclose()
+            raise
+        return cls(http, root, spec, token)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    # Records
+
+    async def post(self, envelope: Envelope) -> dict[str, Any]:
+        """Hand in a signed record; the same one twice is harmless. Returns the coordinator's receipt."""
+        headers = {"content-type": CBOR}
+        if self._token:
+            headers["authorization"] = f"Bearer {self._token}"
+        response = await self._call("POST", "/records", MAX_JSON_BYTES, content=envelope.encode(), headers=headers)
+        receipt = response.json()
+        if not isinstance(receipt, dict):
+            raise InvalidDataError("the coordinator's receipt is not an object")
+        return receipt
+
+    async def record(self, record_hash: bytes) -> Envelope:
+        """A record by its hash; whoever needs it checks who signed it."""
+        envelope = Envelope.decode((await self._call("GET", f"/records/{record_hash.hex()}", MAX_RECORD_BYTES)).content)
+        if envelope.open().hash != record_hash:
+            raise HashMismatchError("the coordinator serves another record than the one asked for")
+        return envelope
+
+    async def plan(self, round_number: int, *, wait_s: float = 0.0) -> RoundPlan | None:
+        """The plan of a round, or None if it is not there after `wait_s`."""
+        raw = await self._poll(f"/rounds/{round_number}/plan", wait_s, MAX_RECORD_BYTES)
+        return None if raw is None else Envelope.decode(raw).open_as(
+            RoundPlan, run=self.spec.run_id, round=round_number, key=self._owner
+        )  # fmt: skip
+
+    async def commitments(self, plan: RoundPlan, *, wait_s: float = 0.0) -> Commitments | None:
+        """The commitments that count in a round, checked against the plan and the signed set."""
+        raw = await self._poll(f"/rounds/{plan.round}/commitments", wait_s, MAX_LIST_BYTES)
+        if raw is None:
+            return None
+        first, *rest = _not_empty(raw)
+        closing = first.open_as(CommitmentSet, run=self.spec.run_id, round=plan.round, key=self._owner)
+        by_slot: dict[int, Commitment] = {}
+        if closing.plan != plan.hash or len(closing.commitments) != len(rest):
+            raise InvalidDataError("the commitment set does not belong to the plan")
+        for entry, envelope in zip(closing.commitments, rest, strict=True):
+            if entry.slot >= len(plan.roster):
+                raise InvalidDataError(f"slot {entry.slot} is not in the roster")
+            holder = plan.roster[entry.slot].peer
+            commitment = envelope.open_as(Commitment, run=self.spec.run_id, round=plan.round, key=holder)
+            if commitment.hash != entry.hash or commitment.slot != entry.slot:
+                raise InvalidDataError("a commitment that the set does not name")
+            by_slot[entry.slot] = commitment
+        return Commitments(closing, by_slot)
+
+    async def part_records(self, round_number: int, *, after: int = 0, wait_s: float = 0.0) -> list[Envelope] | None:
+        """All part records of a round so far; None if there are not more than `after` within `wait_s`."""
+        raw = await self._poll(f"/rounds/{round_number}/part-records", wait_s, MAX_LIST_BYTES, after=after)
+        return None if raw is None else decode_list(raw, max_bytes=MAX_LIST_BYTES)
+
+    async def sealing(self, round_number: int, *, wait_s: float = 0.0) -> list[bytes | None] | None:
+        """Which part records a round will be sealed with, once its exchange is closed."""
+        raw = await self._poll(f"/rounds/{round_number}/sealing", wait_s, MAX_LIST_BYTES)
+        if raw is None:
+            return None
+        value = encoding.decode(raw, max_bytes=MAX_LIST_BYTES)
+        if not isinstance(value, list):
+            raise EncodingError("a list of part records was expected")
+        parts: list[bytes | None] = []
+        for item in value:
+            if item is not None and not isinstance(item, bytes):
+                raise EncodingError("part records are named by their hash")
+            parts.append(item)
+        return parts
+
+    async def manifest(self, plan: RoundPlan, *, wait_s: float = 0.0) -> SealedRound | None:
+        """The manifest of a round with the part records that it names, each signed by a reducer of the roster."""
+        raw = await self._poll(f"/rounds/{plan.round}/manifest", wait_s, MAX_LIST_BYTES)
+        if raw is None:
+            return None
+        first, *rest = _not_empty(raw)
+        manifest = first.open_as(RoundManifest, run=self.spec.run_id, round=plan.round, key=self._owner)
+        if manifest.plan != plan.hash or manifest.base != plan.base:
+            raise InvalidDataError("the manifest does not belong to the plan")
+        reducers = {seat.peer for seat in plan.roster if seat.reducer}
+        found: dict[bytes, tuple[PartRecord, bytes]] = {}
+        for envelope in rest:
+            record = envelope.open_as(PartRecord, run=self.spec.run_id, round=plan.round)
+            if envelope.key not in reducers:
+                raise InvalidDataError("a part record whose signer is no reducer of the round")
+            found[record.hash] = (record, envelope.key)
+        for part, name in enumerate(manifest.parts):
+            if name is not None and (name not in found or found[name][0].part != part):
+                raise InvalidDataError(f"the manifest names a record for part {part} that is not there")
+        return SealedRound(manifest, found)
+
+    async def beacon(self, round_number: int, *, wait_s: float = 0.0) -> BeaconReveal | None:
+        """The beacon value of a round, once it is revealed."""
+        raw = await self._poll(f"/rounds/{round_number}/beacon", wait_s, MAX_RECORD_BYTES)
+        return None if raw is None else Envelope.decode(raw).open_as(
+            BeaconReveal, run=self.spec.run_id, round=round_number, key=self._owner
+        )  # fmt: skip
+
+    # Everything else
+
+    async def status(self) -> dict[str, Any]:
+        """The run as JSON (see the API's `RunStatus`)."""
+        status = (await self._call("GET", "", MAX_JSON_BYTES)).json()
+        if not isinstance(status, dict):
+            raise InvalidDataError("the coordinator's status is not an object")
+        return status
+
+    async def open_audits(self, auditor: bytes, *, wait_s: float = 0.0) -> list[dict[str, Any]]:
+        """Audits that this auditor has not given a verdict on."""
+        response = await self._call(
+            "GET",
+            "/audits",
+            MAX_JSON_BYTES,
+            timeout_s=wait_s + TIMEOUT_S,
+            params={"auditor": auditor.hex(), "wait_s": wait_s},
+        )
+        audits = response.json()
+        return audits if isinstance(audits, list) else []
+
+    async def latest_checkpoint(self) -> tuple[int, bytes]:
+        """The newest sealed checkpoint: the round that starts from it, and its root."""
+        value = (await self._call("GET", "/checkpoints/latest", MAX_JSON_BYTES)).json()
+        return int(value["round"]), bytes.fromhex(value["root"])
+
+    async def state_manifest(self, root: bytes) -> StateManifest:
+        """The chunk hashes of a checkpoint, checked against its root."""
+        response = await self._call("GET", f"/checkpoints/{root.hex()}", MAX_LIST_BYTES)
+        manifest = StateManifest.decode(response.content, max_size_bytes=8 * self.spec.model.num_parameters)
+        if manifest.root != root:
+            raise HashMismatchError("the coordinator serves the manifest of another checkpoint")
+        return manifest
+
+    async def chunk(self, digest: bytes, *, max_bytes: int = CHUNK_BYTES, timeout_s: float = 120.0) -> bytes:
+        """A content-addressed piece of a checkpoint, of the data, or of a round's result."""
+        data = (await self._call("GET", f"/chunks/{digest.hex()}", max_bytes, timeout_s=timeout_s)).content
+        if content_hash(data) != digest:
+            raise HashMismatchError(f"chunk {digest.hex()[:12]} came with other bytes")
+        return data
+
+    async def _poll(self, path: str, wait_s: float, max_bytes: int, **params: Any) -> bytes | None:
+        response = await self._call(
+            "GET", path, max_bytes, timeout_s=wait_s + TIMEOUT_S, params={"wait_s": wait_s, **params}
+        )
+        return None if response.status_code == 204 else response.content
+
+    async def _call(self, method: str, path: str, max_bytes: int, **options: Any) -> httpx.Response:
+        return await _request(self._http, method, self._base + path, max_bytes, **options)
+
+
+def _not_empty(raw: bytes) -> list[Envelope]:
+    envelopes = decode_list(raw, max_bytes=MAX_LIST_BYTES)
+    if not envelopes:
+        raise EncodingError("an empty list where signed records were expected")
+    return envelopes
+
+
+async def _request(
+    http: httpx.AsyncClient, method: str, url: str, max_bytes: int, *, timeout_s: float = TIMEOUT_S, **options: Any
+) -> httpx.Response:
+    """One request within a deadline, its answer bounded while it is read."""
+    try:
+        async with asyncio.timeout(timeout_s), http.stream(method, url, timeout=timeout_s, **options) as response:
+            content = bytearray()
+            async for piece in response.aiter_raw():
+                content += piece
+                if len(content) > max_bytes:
+                    raise InvalidDataError(f"{url} answers with more than {max_bytes} bytes")
+    except (httpx.HTTPError, TimeoutError) as error:
+        raise UnreachableError(
+            f"the coordinator at {http_root(url)} does not answer ({error or 'timed out'})"
+        ) from error
+    except httpx.InvalidURL as error:
+        raise ConfigurationError(f"{url} is not a URL: {error}") from error
+    whole = httpx.Response(response.status_code, headers=_plain(response.headers), content=bytes(content))
+    if whole.status_code >= 500:
+        raise UnreachableError(f"the coordinator at {http_root(url)} has a fault (HTTP {whole.status_code})")
+    if whole.status_code >= 400:
+        raise _refusal(whole)
+    return whole
+
+
+def _plain(headers: httpx.Headers) -> dict[str, str]:
+    return {key: value for key, value in headers.items() if key.lower() in ("content-type", "etag")}
+
+
+def _refusal(response: httpx.Response) -> RefusedError:
+    """The problem detail (RFC 9457) of a refusal."""
+    try:
+        problem = response.json()
+        reason, code = str(problem["detail"]), str(problem.get("code", "refused"))
+    except (ValueError, KeyError, TypeError):
+        reason, code = f"HTTP {response.status_code}", "refused"
+    return RefusedError(reason[:1000], status=response.status_code, code=code)
+
+
+def http_root(url: str) -> str:
+    """Scheme, host and port of a URL, for messages."""
+    return url.partition("/v1/")[0]
+
+
+async def persist(
+    attempt: Callable[[], Awaitable[T]],
+    *,
+    deadline_s: float,
+    waiting: Callable[[str], None] | None = None,
+    first_pause_s: float = 0.25,
+    longest_pause_s: float = 5.0,
+) -> T:
+    """Repeat `attempt` with growing pauses while it raises `UnreachableError`, for at most `deadline_s`."""
+    loop = asyncio.get_running_loop()
+    end, pause_s = loop.time() + deadline_s, first_pause_s
+    while True:
+        try:
+            return await attempt()
+        except UnreachableError as error:
+            if loop.time() + pause_s > end:
+                raise
+            if waiting is not None:
+                waiting(str(error))
+        await asyncio.sleep(pause_s)
+        pause_s = min(pause_s * 1.6, longest_pause_s)

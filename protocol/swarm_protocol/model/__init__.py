@@ -1,0 +1,1 @@
+"""The models of a run, by architecture: `llama`."""

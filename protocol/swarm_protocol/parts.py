@@ -1,0 +1,122 @@
+"""The parts of a parameter vector: where they are cut, who reduces which, and how a contribution becomes their bytes.
+
+All of it belongs to the exact domain: anybody cuts, encodes and orders alike.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+from blake3 import blake3
+
+from swarm_protocol import chunks, codec, merkle
+from swarm_protocol.errors import InvalidDataError
+from swarm_protocol.spec import RunSpec
+
+Float32 = npt.NDArray[np.float32]
+
+ALIGNMENT = 256
+"""Parts begin at multiples of this many elements, a multiple of every codec's block."""
+
+
+def partition(num_parameters: int, parts: int) -> list[slice]:
+    """Cut [0, num_parameters) into `parts` contiguous slices whose sizes differ by at most 256, none of them empty.
+
+    There are fewer where the vector has fewer than `parts` blocks of 256 elements.
+    """
+    blocks = -(-num_parameters // ALIGNMENT)
+    count = min(parts, blocks)
+    bounds = [min(index * blocks // count * ALIGNMENT, num_parameters) for index in range(count + 1)] if count else []
+    return [slice(start, stop) for start, stop in pairwise(bounds)]
+
+
+def slices(spec: RunSpec) -> list[slice]:
+    """The parts of a run's parameter vector."""
+    return partition(spec.model.num_parameters, spec.exchange.parts)
+
+
+def part_count(spec: RunSpec) -> int:
+    """How many parts a run has: what its spec says, or fewer if the model is very small."""
+    return len(slices(spec))
+
+
+def encoded_part_bytes(spec: RunSpec, part: int) -> int:
+    """The exact length of one encoded part."""
+    where = slices(spec)[part]
+    return codec.get(spec.exchange.codec).encoded_bytes(where.stop - where.start)
+
+
+def encode_parts(spec: RunSpec, start: Float32, final: Float32) -> list[bytes]:
+    """A contribution's parts: the encoded pseudo-gradient, `start - final`, of parameters before and after the round.
+
+    Raises:
+        InvalidDataError: the vectors are not this model's, or a difference is not finite.
+    """
+    shape = (spec.model.num_parameters,)
+    for vector in (start, final):
+        if vector.dtype != np.float32 or vector.shape != shape:
+            raise InvalidDataError(
+                f"{vector.dtype}{list(vector.shape)} given where parameters are float32{list(shape)}"
+            )
+    encode = codec.get(spec.exchange.codec).encode
+    with np.errstate(over="ignore", invalid="ignore"):  # the codec refuses what is not finite
+        return [encode(start[where] - final[where]) for where in slices(spec)]
+
+
+def decode_part(spec: RunSpec, part: int, data: bytes) -> Float32:
+    """The values of one part.
+
+    Raises:
+        InvalidDataError: the bytes are not a canonical encoding of this part.
+    """
+    where = slices(spec)[part]
+    return codec.get(spec.exchange.codec).decode(data, where.stop - where.start)
+
+
+def assemble(spec: RunSpec, parts: Sequence[Float32 | None]) -> Float32:
+    """The pseudo-gradient that consists of decoded parts, float32[num_parameters]; a missing part (None) is +0.
+
+    Raises:
+        InvalidDataError: wrong number or sizes of parts.
+    """
+    where = slices(spec)
+    if len(parts) != len(where):
+        raise InvalidDataError(f"{len(parts)} parts where this run has {len(where)}")
+    whole = np.zeros(spec.model.num_parameters, np.float32)
+    for index, (target, values) in enumerate(zip(where, parts, strict=True)):
+        if values is None:
+            continue
+        if values.dtype != np.float32 or values.shape != (target.stop - target.start,):
+            raise InvalidDataError(f"part {index} has {values.dtype}{list(values.shape)}, not its own size")
+        whole[target] = values
+    return whole
+
+
+def part_hashes(encoded: Sequence[bytes]) -> list[bytes]:
+    """The content hash of each encoded part."""
+    return [chunks.content_hash(part) for part in encoded]
+
+
+def parts_root(hashes: Sequence[bytes]) -> bytes:
+    """What a commitment says of the parts: the Merkle root of their content hashes, in order."""
+    return merkle.root(hashes)
+
+
+def rendezvous(key: bytes, part: int, peers: Sequence[bytes]) -> list[int]:
+    """Positions in `peers` in the order in which they are to reduce a part: the first one there is, does.
+
+    Highest `BLAKE3(key || part as u32, little-endian || peer)` first (Thaler and Ravishankar 1998), equals by position.
+
+    Args:
+        key: 32 bytes that nobody could choose, such as the previous round's beacon.
+        peers: 32-byte public keys.
+    """
+    if len(key) != 32 or any(len(peer) != 32 for peer in peers):
+        raise ValueError("a rendezvous is among public keys of 32 bytes, under a key of 32 bytes")
+    prefix = key + struct.pack("<I", part)
+    scores = [blake3(prefix + peer).digest() for peer in peers]
+    return sorted(range(len(peers)), key=lambda position: scores[position], reverse=True)

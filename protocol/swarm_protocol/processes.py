@@ -1,0 +1,42 @@
+"""Nothing is left behind: children that die with their parent, and the platforms that can take part."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import signal
+import sys
+
+from swarm_protocol.errors import UnsupportedPlatformError
+
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent(parent: int | None = None) -> None:
+    """Ask the kernel to kill this process when its parent ends, however that ends (Linux: `prctl`).
+
+    Args:
+        parent: the expected parent's process id; if it is already gone, this process ends at once.
+    """
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if parent is not None and os.getppid() != parent:
+        os._exit(1)
+
+
+def bound_to_parent(command: list[str]) -> list[str]:
+    """The command line that runs `command` as a child which dies with this process, and which Ctrl-C does not reach."""
+    code = (
+        "import ctypes,os,sys;ctypes.CDLL(None).prctl(1,9,0,0,0);os.setpgid(0,0);"
+        "os.getppid()==int(sys.argv[1]) or os._exit(1);os.execvp(sys.argv[2],sys.argv[2:])"
+    )
+    return [sys.executable, "-ISc", code, str(os.getpid()), *command]
+
+
+def require_platform() -> None:
+    """Raises `UnsupportedPlatformError` where hivemind's daemon does not run."""
+    system, machine = platform.system(), platform.machine()
+    if system != "Linux" or machine not in ("x86_64", "AMD64"):
+        raise UnsupportedPlatformError(
+            f"swarm-node runs on Linux x86-64 (WSL counts), because its peer daemon does; this is {system} {machine}."
+        )

@@ -1,0 +1,151 @@
+"""Whether a contribution is what an honest node would have computed: comparison, and the verdict that follows from it.
+
+An auditor replays segments with `training.run_segment`, compares each with the claimed state, checks that the committed
+parts are the encoding of the claimed final parameters bit by bit, and has `judge` name the outcome. The statistic is the
+relative L2 distance (never a cosine, which is blind to scaling) between the claimed and the replayed change of the
+parameters, and between the claimed and replayed optimizer moments; the larger counts. It is computed in float64 in a
+defined order, so two auditors with the same vectors get the same number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from swarm_protocol import parts
+from swarm_protocol.aggregate import sum_of_squares
+from swarm_protocol.errors import InvalidDataError
+from swarm_protocol.optimizers import moment_sizes
+from swarm_protocol.records import Comparison, Outcome
+from swarm_protocol.spec import RunSpec
+from swarm_protocol.training import TrainState
+
+Float32 = npt.NDArray[np.float32]
+
+GROSS = 0.1
+"""Distance beyond which no two runtimes can honestly be, calibrated or not: the worst that was measured, kernels in
+bfloat16, are 1.2e-2 apart; an invented contribution is about 1.4 away."""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One replayed segment against its claim. `statistic` is a relative L2 distance: 0 if equal, inf if not finite.
+
+    `same_fingerprint` is whether node and auditor declare the same runtime.
+    """
+
+    comparison: Comparison
+    statistic: float
+    same_fingerprint: bool
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What goes into a verdict. `statistic` is None where it has no finite value."""
+
+    outcome: Outcome
+    comparison: Comparison | None
+    statistic: float | None
+    reason: str
+
+
+def relative_l2(claimed: Float32, replayed: Float32, origin: Float32 | None = None) -> float:
+    """‖claimed - replayed‖ / ‖replayed - origin‖ of vectors of one length; inf where the claim is not finite.
+
+    Differences are taken in float64, where they hardly round. `origin` is zero where it is None. Of two equal vectors the
+    distance is 0; it is inf where they differ and the replay did not move.
+    """
+    if not np.isfinite(claimed).all():
+        return math.inf
+    distance = math.sqrt(sum_of_squares(claimed, replayed))
+    if distance == 0.0:
+        return 0.0
+    length = math.sqrt(sum_of_squares(replayed, origin))
+    return distance / length if length else math.inf
+
+
+def compare(
+    spec: RunSpec, start: TrainState, claimed: TrainState, replayed: TrainState, *, same_fingerprint: bool
+) -> Compared:
+    """Compare the claimed end of a segment with the replayed one; `start` is where the replay began.
+
+    Equal bits are `equal`. Otherwise, in native numerics and whatever the fingerprints: up to `audit.accept` is `within`,
+    above `audit.reject` `outside`, and what lies between only `different`.
+
+    Raises:
+        InvalidDataError: the claimed vectors do not have this run's types and lengths.
+    """
+    claimed.check(spec)
+    if claimed.step == replayed.step and all(
+        a.tobytes() == b.tobytes()
+        for a, b in ((claimed.parameters, replayed.parameters), (claimed.moments, replayed.moments))
+    ):
+        return Compared(Comparison.EQUAL, 0.0, same_fingerprint)
+    statistic = math.inf if claimed.step != replayed.step else _statistic(spec, start, claimed, replayed)
+    if statistic <= spec.audit.accept:
+        comparison = Comparison.WITHIN
+    elif statistic > spec.audit.reject:
+        comparison = Comparison.OUTSIDE
+    else:
+        comparison = Comparison.DIFFERENT
+    return Compared(comparison, statistic, same_fingerprint)
+
+
+def parts_match(spec: RunSpec, start: Float32, final: Float32, parts_root: bytes) -> bool:
+    """Whether the committed parts are, bit by bit, the encoding of the claimed parameters before and after the round."""
+    try:
+        encoded = parts.encode_parts(spec, start, final)
+    except InvalidDataError:
+        return False
+    return parts.parts_root(parts.part_hashes(encoded)) == parts_root
+
+
+def unavailable(what: str) -> Judgement:
+    """The node did not serve `what` in time."""
+    return Judgement(Outcome.UNAVAILABLE, None, None, f"the node did not serve {what} in time")
+
+
+def judge(spec: RunSpec, compared: Sequence[Compared], *, parts_match: bool) -> Judgement:
+    """The outcome of an audit of one or more segments. The worst segment decides.
+
+    A rejection here is one auditor's: `audit.rejecting_auditors` of them make it final. Where node and auditor declare
+    different runtimes and the run has no calibrated tolerances, nothing is earned: inconclusive, unless equal in every
+    bit, or further apart than any two runtimes (`GROSS`).
+    """
+    worst = max(compared, key=lambda one: one.statistic)
+    comparison, statistic = worst.comparison, worst.statistic if math.isfinite(worst.statistic) else None
+    bounds = f"distance {worst.statistic:.2e}; accepted up to {spec.audit.accept:.0e}"
+    bounds += f", rejected above {spec.audit.reject:.0e}"
+    calibrated = worst.same_fingerprint or spec.audit.tolerance_file is not None
+    if not parts_match:
+        outcome, reason = Outcome.REJECTED, "the parts are not the encoding of the parameters that the node claims"
+    elif comparison is Comparison.EQUAL:
+        outcome, reason = Outcome.ACCEPTED, "equal in every bit"
+    elif statistic is None:
+        outcome, reason = Outcome.REJECTED, "the claimed state is not finite, or no state of this segment"
+    elif statistic > GROSS or (comparison is Comparison.OUTSIDE and calibrated):
+        outcome, reason = Outcome.REJECTED, f"the replay leads elsewhere ({bounds})"
+    elif not calibrated:
+        outcome = Outcome.INCONCLUSIVE
+        reason = f"this pair of runtimes is not calibrated ({bounds})"
+    elif comparison is Comparison.WITHIN:
+        outcome, reason = Outcome.ACCEPTED, f"within the tolerance ({bounds})"
+    else:
+        outcome, reason = Outcome.INCONCLUSIVE, f"between the bounds ({bounds})"
+    return Judgement(outcome, comparison, statistic, reason)
+
+
+def _statistic(spec: RunSpec, start: TrainState, claimed: TrainState, replayed: TrainState) -> float:
+    """The largest of the distances: of the change of the parameters, and of each kind of moments."""
+    distances = [relative_l2(claimed.parameters, replayed.parameters, start.parameters)]
+    offset = 0
+    # Kinds apart, because their sizes are: a forged second moment would vanish beside the first ones.
+    for size in moment_sizes(spec.model, spec.training.optimizer):
+        kind = slice(offset, offset + size)
+        distances.append(relative_l2(claimed.moments[kind], replayed.moments[kind]))
+        offset += size
+    return max(distances)

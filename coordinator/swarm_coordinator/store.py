@@ -28,14 +28,14 @@ class Store:
         self._store = LocalStore(str(folder))
 
     def put(self, digest: bytes, data: bytes) -> None:
-        """Store a blob under its hash; one that is there already stays.
+        """Store a blob under its hash; one that is there already, whole, stays.
 
         Raises:
             HashMismatchError: the bytes do not have this hash.
         """
         if content_hash(data) != digest:
             raise HashMismatchError(f"a blob that does not hash to {digest.hex()} is not stored under that name")
-        if not self.exists(digest):
+        if self.size_bytes(digest) != len(data):
             obstore.put(self._store, _chunk_path(digest), data)
 
     def get(self, digest: bytes) -> bytes | None:

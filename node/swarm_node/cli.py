@@ -80,7 +80,7 @@ def demo(
     keep: Annotated[Path | None, typer.Option(help="Keep all files of the demo in this new folder.")] = None,
 ) -> None:
     """Train a small model on this machine: a coordinator, volunteers and auditors, each a process of its own."""
-    from swarm_node import demo as demonstration
+    from swarm_node import demonstration
 
     raise typer.Exit(
         demonstration.run(

@@ -27,7 +27,7 @@ from swarm_protocol.client import Commitments, CoordinatorClient, SealedRound, p
 from swarm_protocol.errors import InvalidDataError, RefusedError, SwarmError, UnreachableError
 from swarm_protocol.fingerprint import fingerprint_hash, runtime_fingerprint
 from swarm_protocol.peers import ADDRESS_TTL_S, PeerPlane
-from swarm_protocol.records import Addresses, Envelope, NonceOpening, Ready, Record, Registration, RoundPlan
+from swarm_protocol.records import Addresses, NonceOpening, Ready, Record, Registration, RoundPlan
 from swarm_protocol.signing import SigningLedger
 from swarm_protocol.training import NonFiniteError, TrainingCancelledError
 
@@ -134,11 +134,11 @@ class Volunteer:
 
     async def _register(self) -> None:
         name = self.progress.name
-        await self._sign_and_post(
-            Registration(
+        await self._sign_next_and_post(
+            lambda sequence: Registration(
                 run=self._spec.run_id,
                 round=0,
-                sequence=self._ledger.next_sequence(self._spec.run_id, Registration.kind, 0),
+                sequence=sequence,
                 protocol=PROTOCOL_VERSION,
                 name=name,
                 agent=f"swarm-node {__version__}",
@@ -155,11 +155,7 @@ class Volunteer:
             try:
                 addresses = await self._plane.addresses()
                 if time.monotonic() - announced_at > ADDRESS_TTL_S / 3:
-                    sequence = self._ledger.next_sequence(self._spec.run_id, Addresses.kind, 0)
-                    record = Addresses(
-                        run=self._spec.run_id, round=0, sequence=sequence, multiaddrs=tuple(addresses[:16])
-                    )
-                    await self._plane.announce(self._ledger.sign(record))
+                    await self._announce(tuple(addresses[:16]))
                     announced_at = time.monotonic()
                 self._bootstrap = (await self._client.status())["peers"] or self._bootstrap
                 await self._plane.dial(self._bootstrap)
@@ -168,6 +164,12 @@ class Volunteer:
             except Exception as error:  # noqa: BLE001  # the daemon's own errors; the next turn tries again
                 log.info("the bootstrap peer does not answer: %s", error)
             await asyncio.sleep(min(5.0, self._spec.rounds.presence_s / 3))
+
+    async def _announce(self, addresses: tuple[str, ...]) -> None:
+        def record(sequence: int) -> Addresses:
+            return Addresses(run=self._spec.run_id, round=0, sequence=sequence, multiaddrs=addresses)
+
+        await self._plane.announce(await asyncio.to_thread(self._ledger.sign_next, record))
 
     # The checkpoint
 
@@ -198,17 +200,18 @@ class Volunteer:
             if checkpoint.round == self._spec.rounds.count:
                 await self._unless_stopping(asyncio.sleep(0.5))
                 return None
-            ready = Ready(
-                run=self._spec.run_id,
-                round=checkpoint.round,
-                sequence=self._ledger.next_sequence(self._spec.run_id, Ready.kind, checkpoint.round),
-                base=checkpoint.root,
-                tokens_per_s=self._tokens_per_s,
-                can_reduce=True,
-                upload_bytes_per_s=0,
-            )
             try:
-                await self._sign_and_post(ready)
+                await self._sign_next_and_post(
+                    lambda sequence: Ready(
+                        run=self._spec.run_id,
+                        round=checkpoint.round,
+                        sequence=sequence,
+                        base=checkpoint.root,
+                        tokens_per_s=self._tokens_per_s,
+                        can_reduce=True,
+                        upload_bytes_per_s=0,
+                    )
+                )
             except RefusedError as error:
                 if error.status == 403:
                     raise
@@ -378,10 +381,13 @@ class Volunteer:
 
     # Small things
 
-    async def _sign_and_post(self, record: Record) -> Envelope:
+    async def _sign_and_post(self, record: Record) -> None:
         envelope = await asyncio.to_thread(self._ledger.sign, record)
         await self._patiently(lambda: self._client.post(envelope))
-        return envelope
+
+    async def _sign_next_and_post(self, make: Callable[[int], Record]) -> None:
+        envelope = await asyncio.to_thread(self._ledger.sign_next, make)
+        await self._patiently(lambda: self._client.post(envelope))
 
     async def _patiently(self, attempt: Callable[[], Awaitable[T]]) -> T:
         def waiting(reason: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sqlite3
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
@@ -30,6 +31,7 @@ class SigningLedger:
     def __init__(self, path: Path, identity: Identity) -> None:
         self._identity = identity
         self._lock = threading.Lock()
+        self._numbering = threading.Lock()
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             self._db = sqlite3.connect(path, timeout=10, check_same_thread=False, isolation_level=None)
@@ -65,6 +67,12 @@ class SigningLedger:
                 f"a different {record.kind} of round {record.round}, sequence {record.sequence}, was signed before"
             )
         return stored
+
+    def sign_next(self, make: Callable[[int], Record]) -> Envelope:
+        """Sign what `make` returns for the next free sequence of its kind and round (`make` is called for both)."""
+        with self._numbering:
+            draft = make(0)
+            return self.sign(make(self.next_sequence(draft.run, draft.kind, draft.round)))
 
     def find(self, run: bytes, kind: str, round_number: int, sequence: int) -> Envelope | None:
         """What was signed under this name, if anything."""

@@ -105,14 +105,18 @@ class Archive:
         query = select(VerdictRow).filter_by(run=self.run, round=round_number, slot=slot)
         return {row.auditor: Outcome(row.outcome) for row in self.session.scalars(query)}
 
+    def round_verdicts(self, round_number: int) -> Sequence[VerdictRow]:
+        query = select(VerdictRow).filter_by(run=self.run, round=round_number)
+        return self.session.scalars(query.order_by(VerdictRow.slot, VerdictRow.auditor)).all()
+
     def count_audits(self) -> dict[str | None, int]:
         """Audits by outcome; None for those that are pending."""
         query = select(AuditRow.outcome, func.count()).filter_by(run=self.run).group_by(AuditRow.outcome)
-        return {outcome: count for outcome, count in self.session.execute(query)}
+        return dict(self.session.execute(query).tuples().all())
 
     def count_comparisons(self) -> dict[str | None, int]:
         query = select(VerdictRow.comparison, func.count()).filter_by(run=self.run).group_by(VerdictRow.comparison)
-        return {comparison: count for comparison, count in self.session.execute(query)}
+        return dict(self.session.execute(query).tuples().all())
 
     def rejected(self, limit: int) -> Sequence[AuditRow]:
         """The newest rejected contributions, oldest first."""

@@ -77,6 +77,8 @@ class Blockwise:
         # Not `scales < 0`: that lets -0 pass, a second spelling of zero.
         if not np.isfinite(scales).all() or np.signbit(scales).any():
             raise InvalidDataError("a scale is negative or not finite")
+        if self.bits == 4 and numel % 2 and codes[-1] & 0xF0:
+            raise InvalidDataError("the unused half of the last byte is not zero")
         values = np.empty(numel, np.float32)
         whole = numel - numel % self.block
         for start in range(0, whole, _SLAB_ELEMENTS):
@@ -91,8 +93,6 @@ class Blockwise:
             tail = np.zeros(self.block * self.bits // 8, np.uint8)
             tail[: codes.size - whole * self.bits // 8] = codes[whole * self.bits // 8 :]
             self._decode_slab(scales[-1:], tail, padded)
-            if padded[numel - whole :].any():
-                raise InvalidDataError("the unused half of the last byte is not zero")
             values[whole:] = padded[: numel - whole]
         return values
 

@@ -1,0 +1,165 @@
+"""The JSON of the API. Keys and hashes are lower-case hex; `peer` is a PeerID unless its description says otherwise."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, Field
+
+from swarm_coordinator.rounds import Phase
+from swarm_protocol.records import Comparison, Outcome
+
+Hex = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="32 bytes in hex")]
+PeerID = Annotated[str, Field(description="libp2p PeerID", examples=["12D3KooW..."])]
+
+
+class Health(BaseModel):
+    status: Literal["ok"] = "ok"
+
+
+class RunSummary(BaseModel):
+    run_id: Hex
+    name: str
+    protocol: int
+    round: int
+    rounds: int
+    phase: Phase
+    nodes: int = Field(description="nodes in good standing that were heard of lately")
+
+
+class CheckpointName(BaseModel):
+    round: int = Field(description="the round that starts from it")
+    root: Hex
+
+
+class NodeStatus(BaseModel):
+    peer: PeerID
+    name: str
+    device: str
+    standing: Literal["good", "ended"]
+    reason: str | None = Field(description="why the standing ended")
+    last_seen_ms: int
+    contributions: int = Field(description="commitments that counted")
+    accepted: int = Field(description="contributions that an audit accepted")
+    rejected: int
+
+
+class RoundSummary(BaseModel):
+    round: int
+    slots: int
+    committed: int
+    parts: int
+    missing_parts: int
+    root: Hex = Field(description="of the checkpoint after the round")
+
+
+class EvaluationSummary(BaseModel):
+    round: int = Field(description="the round that starts from the checkpoint")
+    root: Hex
+    loss: float = Field(description="held-out loss, nats per token")
+
+
+class Comparisons(BaseModel):
+    equal: int = 0
+    different: int = 0
+    within: int = 0
+    outside: int = 0
+
+
+class AuditCounts(BaseModel):
+    drawn: int
+    pending: int
+    accepted: int
+    rejected: int
+    inconclusive: int
+    unavailable: int
+    comparisons: Comparisons = Field(description="over all verdicts")
+
+
+class RejectedContribution(BaseModel):
+    peer: PeerID
+    name: str
+    round: int
+    slot: int
+    reason: str
+
+
+class RunStatus(BaseModel):
+    run_id: Hex
+    name: str
+    protocol: int
+    numerics: str
+    coordinator: Hex = Field(description="the key that signs plans, manifests and beacon values")
+    round: int = Field(description="the current one; equal to `rounds` once the run has finished")
+    rounds: int
+    phase: Phase
+    phase_ends_ms: int | None = Field(description="when the phase ends at the latest; null if only an event ends it")
+    peers: list[str] = Field(description="multiaddrs of the peer plane's way in")
+    checkpoint: CheckpointName = Field(description="the newest sealed one")
+    parameters: int
+    nodes: list[NodeStatus]
+    history: list[RoundSummary] = Field(description="sealed rounds, oldest first; the newest 500")
+    evaluations: list[EvaluationSummary] = Field(description="by round; the newest 500")
+    audits: AuditCounts
+    rejected: list[RejectedContribution] = Field(description="oldest first; the newest 500")
+
+
+class ReceiptModel(BaseModel):
+    hash: Hex
+    kind: str
+    leaf: int | None = Field(description="the record's place in the log; null for heartbeats and the like")
+
+
+class OpenAudit(BaseModel):
+    round: int
+    slot: int
+    peer: Hex = Field(description="the node's key")
+    commitment: Hex
+    verdicts: int = Field(description="how many other auditors have given one")
+
+
+class LogHead(BaseModel):
+    size: int
+    root: Hex
+
+
+class SlotDetail(BaseModel):
+    slot: int
+    peer: PeerID
+    name: str
+    steps: int
+    weight: int = Field(description="tokens")
+    reducer: bool
+    commitment: Hex | None
+    train_loss: float | None = Field(description="what the node claims, nats per token")
+    audit: Outcome | Literal["pending"] | None = Field(description="null if it was not drawn")
+
+
+class PartRecordDetail(BaseModel):
+    hash: Hex
+    part: int
+    reducer: PeerID
+    slots: list[int]
+    size_bytes: int
+    counted: bool = Field(description="whether the round is sealed with it")
+
+
+class VerdictDetail(BaseModel):
+    slot: int
+    auditor: PeerID
+    outcome: Outcome
+    comparison: Comparison | None
+    statistic: float | None
+    reason: str
+
+
+class RoundDetail(BaseModel):
+    round: int
+    base: Hex
+    plan: Hex
+    commit_by_ms: int
+    exchange_by_ms: int
+    root: Hex | None = Field(description="null until the round is sealed")
+    roster: list[SlotDetail]
+    part_records: list[PartRecordDetail]
+    verdicts: list[VerdictDetail]

@@ -1,0 +1,232 @@
+"""The run as people read it: queries whose answers are the API's JSON."""
+
+from __future__ import annotations
+
+from swarm_coordinator.api.models import (
+    AuditCounts,
+    CheckpointName,
+    Comparisons,
+    EvaluationSummary,
+    NodeStatus,
+    PartRecordDetail,
+    RejectedContribution,
+    RoundDetail,
+    RoundSummary,
+    RunStatus,
+    RunSummary,
+    SlotDetail,
+    VerdictDetail,
+)
+from swarm_coordinator.db.archive import Archive, opened
+from swarm_coordinator.db.tables import RoundRow
+from swarm_coordinator.rounds import State
+from swarm_protocol import encoding
+from swarm_protocol.identity import peer_id
+from swarm_protocol.records import (
+    Addresses,
+    Commitment,
+    CommitmentSet,
+    Comparison,
+    Evaluation,
+    Outcome,
+    PartRecord,
+    RoundPlan,
+)
+from swarm_protocol.spec import RunSpec
+
+MAX_ITEMS = 500
+
+
+def run_summary(spec: RunSpec, state: State) -> RunSummary:
+    return RunSummary(
+        run_id=spec.run_id.hex(),
+        name=spec.name,
+        protocol=spec.protocol,
+        round=state.round,
+        rounds=spec.rounds.count,
+        phase=state.phase,
+        nodes=len(state.nodes),
+    )
+
+
+def run_status(spec: RunSpec, state: State, archive: Archive) -> RunStatus:
+    return RunStatus(
+        run_id=spec.run_id.hex(),
+        name=spec.name,
+        protocol=spec.protocol,
+        numerics=spec.numerics,
+        coordinator=spec.coordinator,
+        round=state.round,
+        rounds=spec.rounds.count,
+        phase=state.phase,
+        phase_ends_ms=state.phase_ends_ms,
+        peers=_peers(archive),
+        checkpoint=newest_checkpoint(spec, archive),
+        parameters=spec.model.num_parameters,
+        nodes=_nodes(archive),
+        history=[_round_summary(row, state.policy.parts) for row in archive.rounds(MAX_ITEMS)],
+        evaluations=_evaluations(archive),
+        audits=_audits(archive),
+        rejected=_rejected(archive),
+    )
+
+
+def newest_checkpoint(spec: RunSpec, archive: Archive) -> CheckpointName:
+    """The checkpoint after the newest sealed round, or checkpoint 0."""
+    row = archive.last_sealed()
+    if row is None or row.root is None:
+        return CheckpointName(round=0, root=spec.checkpoint)
+    return CheckpointName(round=row.round + 1, root=row.root.hex())
+
+
+def round_detail(archive: Archive, number: int) -> RoundDetail | None:
+    """A round with its roster, part records and verdicts; None before its plan."""
+    row = archive.round(number)
+    if row is None:
+        return None
+    plan = archive.stored(RoundPlan, row.plan)
+    return RoundDetail(
+        round=number,
+        base=plan.base.hex(),
+        plan=row.plan.hex(),
+        commit_by_ms=plan.commit_by_ms,
+        exchange_by_ms=plan.exchange_by_ms,
+        root=None if row.root is None else row.root.hex(),
+        roster=_roster(archive, row, plan),
+        part_records=_part_records(archive, row),
+        verdicts=[
+            VerdictDetail(
+                slot=verdict.slot,
+                auditor=peer_id(verdict.auditor),
+                outcome=Outcome(verdict.outcome),
+                comparison=None if verdict.comparison is None else Comparison(verdict.comparison),
+                statistic=verdict.statistic,
+                reason=verdict.reason,
+            )
+            for verdict in archive.round_verdicts(number)
+        ],
+    )
+
+
+def _peers(archive: Archive) -> list[str]:
+    newest = archive.newest(Addresses.kind, 1)
+    record = opened(newest[0]) if newest else None
+    return list(record.multiaddrs) if isinstance(record, Addresses) else []
+
+
+def _nodes(archive: Archive) -> list[NodeStatus]:
+    return [
+        NodeStatus(
+            peer=peer_id(row.key),
+            name=row.name,
+            device=row.device,
+            standing="good" if row.ended_reason is None else "ended",
+            reason=row.ended_reason,
+            last_seen_ms=row.last_seen_ms,
+            contributions=row.contributions,
+            accepted=row.accepted,
+            rejected=row.rejected,
+        )
+        for row in archive.nodes()
+    ]
+
+
+def _round_summary(row: RoundRow, parts: int) -> RoundSummary:
+    assert row.root is not None
+    return RoundSummary(
+        round=row.round,
+        slots=row.slots,
+        committed=row.committed,
+        parts=parts,
+        missing_parts=row.missing_parts,
+        root=row.root.hex(),
+    )
+
+
+def _evaluations(archive: Archive) -> list[EvaluationSummary]:
+    newest: dict[int, EvaluationSummary] = {}
+    for row in archive.newest(Evaluation.kind, MAX_ITEMS):
+        record = opened(row)
+        if isinstance(record, Evaluation) and record.round not in newest:
+            newest[record.round] = EvaluationSummary(round=record.round, root=record.root.hex(), loss=record.loss)
+    return [newest[number] for number in sorted(newest)]
+
+
+def _audits(archive: Archive) -> AuditCounts:
+    outcomes, comparisons = archive.count_audits(), archive.count_comparisons()
+    return AuditCounts(
+        drawn=sum(outcomes.values()),
+        pending=outcomes.get(None, 0),
+        accepted=outcomes.get(Outcome.ACCEPTED, 0),
+        rejected=outcomes.get(Outcome.REJECTED, 0),
+        inconclusive=outcomes.get(Outcome.INCONCLUSIVE, 0),
+        unavailable=outcomes.get(Outcome.UNAVAILABLE, 0),
+        comparisons=Comparisons(
+            equal=comparisons.get(Comparison.EQUAL, 0),
+            different=comparisons.get(Comparison.DIFFERENT, 0),
+            within=comparisons.get(Comparison.WITHIN, 0),
+            outside=comparisons.get(Comparison.OUTSIDE, 0),
+        ),
+    )
+
+
+def _rejected(archive: Archive) -> list[RejectedContribution]:
+    return [
+        RejectedContribution(
+            peer=peer_id(row.peer),
+            name=_name(archive, row.peer),
+            round=row.round,
+            slot=row.slot,
+            reason=row.reason or "",
+        )
+        for row in archive.rejected(MAX_ITEMS)
+    ]
+
+
+def _roster(archive: Archive, row: RoundRow, plan: RoundPlan) -> list[SlotDetail]:
+    commitments: dict[int, Commitment] = {}
+    if row.commitment_set is not None:
+        closing = archive.stored(CommitmentSet, row.commitment_set)
+        commitments = {entry.slot: archive.stored(Commitment, entry.hash) for entry in closing.commitments}
+    slots = []
+    for slot, seat in enumerate(plan.roster):
+        commitment, audit = commitments.get(slot), archive.audit(plan.round, slot)
+        slots.append(
+            SlotDetail(
+                slot=slot,
+                peer=peer_id(seat.peer),
+                name=_name(archive, seat.peer),
+                steps=seat.steps,
+                weight=seat.weight,
+                reducer=seat.reducer,
+                commitment=None if commitment is None else commitment.hash.hex(),
+                train_loss=None if commitment is None else commitment.train_loss,
+                audit=None if audit is None else "pending" if audit.outcome is None else Outcome(audit.outcome),
+            )
+        )
+    return slots
+
+
+def _part_records(archive: Archive, row: RoundRow) -> list[PartRecordDetail]:
+    chosen = encoding.decode(row.parts, max_bytes=1 << 24) if row.parts is not None else []
+    counted = {name for name in chosen if isinstance(name, bytes)} if isinstance(chosen, list) else set()
+    details = []
+    for stored in archive.of_round(PartRecord.kind, row.round):
+        record = opened(stored)
+        if isinstance(record, PartRecord):
+            details.append(
+                PartRecordDetail(
+                    hash=stored.hash.hex(),
+                    part=record.part,
+                    reducer=peer_id(stored.signer),
+                    slots=list(record.slots),
+                    size_bytes=record.size_bytes,
+                    counted=stored.hash in counted,
+                )
+            )
+    return details
+
+
+def _name(archive: Archive, key: bytes) -> str:
+    node = archive.node(key)
+    return "" if node is None else node.name

@@ -1,0 +1,325 @@
+"""One transaction's work: records are appended, events applied, and what follows from them is signed and appended too.
+
+Nothing leaves before the commit: an `Entry` collects the topics to wake, and its state replaces the old one afterwards. A
+record of the coordinator is signed in the same transaction as the event that caused it, so that after a crash it either is
+there or was never sent: no signature is ever remade.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sqlalchemy import delete, func, select
+from sqlalchemy.orm import Session
+
+from swarm_coordinator.auditing import resolve, standing_ends
+from swarm_coordinator.db.archive import Archive
+from swarm_coordinator.db.machine_codec import encode_event, encode_state
+from swarm_coordinator.db.tables import (
+    AuditRow,
+    EventRow,
+    NodeRow,
+    OfficeRow,
+    RecordRow,
+    RoundRow,
+    SnapshotRow,
+    VerdictRow,
+)
+from swarm_coordinator.round_events import (
+    Effect,
+    Event,
+    Finish,
+    NodeGone,
+    PublishCommitmentSet,
+    PublishManifest,
+    PublishPlan,
+    RequestRoot,
+    RevealBeacon,
+)
+from swarm_coordinator.rounds import State, advance
+from swarm_protocol import encoding
+from swarm_protocol.draw import Drawable, chain_value, drawn
+from swarm_protocol.identity import Identity
+from swarm_protocol.log import Log, leaf_hash
+from swarm_protocol.records import (
+    Addresses,
+    Appointment,
+    BeaconReveal,
+    CheckpointReport,
+    Commitment,
+    CommitmentSet,
+    Envelope,
+    Outcome,
+    PartHeld,
+    Ready,
+    Record,
+    Registration,
+    Role,
+    RoundManifest,
+    RoundPlan,
+    SlotHash,
+    SlotNonce,
+    Verdict,
+)
+from swarm_protocol.spec import RunSpec
+
+UNLOGGED = (Ready, Addresses, PartHeld, CheckpointReport)
+"""Heartbeats, addresses and the checkpoint worker's messages to the coordinator: everything else is a leaf of the log."""
+
+
+@dataclass(frozen=True)
+class Office:
+    """What the coordinator signs and reveals with."""
+
+    spec: RunSpec
+    identity: Identity
+    beacon_seed: bytes
+
+
+class Entry:
+    """Work in progress. Its log is the journal's own: who rolls back has to load it anew."""
+
+    def __init__(self, session: Session, office: Office, state: State, log: Log, now_ms: int) -> None:
+        self.archive = Archive(session, office.spec.run_id)
+        self.state = state
+        self.topics: set[str] = set()
+        self._session = session
+        self._office = office
+        self._log = log
+        self._now_ms = now_ms
+        self._run = office.spec.run_id
+
+    def append(self, envelope: Envelope, record: Record) -> RecordRow:
+        """Store a record, as a leaf of the log unless it is one of `UNLOGGED`."""
+        data = envelope.encode()
+        leaf = None if isinstance(record, UNLOGGED) else self._log.append(leaf_hash(data))
+        row = RecordRow(
+            run=self._run,
+            kind=record.kind,
+            round=record.round,
+            sequence=record.sequence,
+            signer=envelope.key,
+            hash=record.hash,
+            envelope=data,
+            leaf=leaf,
+            received_ms=self._now_ms,
+        )
+        self._session.add(row)
+        self._session.flush()
+        return row
+
+    def heard(self, key: bytes) -> None:
+        """Note that a node is alive."""
+        node = self.archive.node(key)
+        if node is not None:
+            node.last_seen_ms = self._now_ms
+
+    def register(self, key: bytes, record: Registration) -> None:
+        """Note what a node says of itself; its newest registration counts."""
+        node = self.archive.node(key)
+        if node is None:
+            node = NodeRow(
+                run=self._run,
+                key=key,
+                registered_ms=self._now_ms,
+                contributions=0,
+                accepted=0,
+                rejected=0,
+                unavailable=0,
+            )
+            self._session.add(node)
+        node.name, node.agent, node.device = record.name, record.agent, record.device
+        node.fingerprint, node.last_seen_ms = record.fingerprint, self._now_ms
+
+    def appoint(self, role: Role, key: bytes) -> None:
+        """Give a key an office, by a signed record."""
+        sequence = self._session.scalar(select(func.count()).select_from(OfficeRow).filter_by(run=self._run)) or 0
+        self._sign(Appointment(run=self._run, round=0, sequence=sequence, role=role, key=key))
+        self._session.add(OfficeRow(run=self._run, key=key, role=role.value))
+
+    def note_verdict(self, auditor: bytes, verdict: Verdict) -> None:
+        """Count a verdict; once an audit is resolved its outcome stays, and may end the node's standing."""
+        audit = self.archive.audit(verdict.round, verdict.slot)
+        assert audit is not None
+        self._session.add(
+            VerdictRow(
+                run=self._run,
+                round=verdict.round,
+                slot=verdict.slot,
+                auditor=auditor,
+                outcome=verdict.outcome.value,
+                comparison=verdict.comparison and verdict.comparison.value,
+                statistic=verdict.statistic,
+                reason=verdict.reason,
+            )
+        )
+        self._session.flush()
+        self.topics.add("audits")
+        if audit.outcome is not None:
+            return
+        policy = self._office.spec.audit
+        votes = self.archive.verdicts(verdict.round, verdict.slot)
+        outcome = resolve(votes, self.archive.count_offices(Role.AUDITOR), policy)
+        if outcome is None:
+            return
+        audit.outcome, audit.reason = outcome.value, verdict.reason
+        node = self.archive.node(audit.peer)
+        if node is None:
+            return
+        node.accepted += outcome is Outcome.ACCEPTED
+        node.rejected += outcome is Outcome.REJECTED
+        node.unavailable += outcome is Outcome.UNAVAILABLE
+        reason = standing_ends(node.rejected, node.unavailable, policy)
+        if reason is not None and node.ended_reason is None:
+            node.ended_reason = f"{reason} (round {verdict.round}: {verdict.reason})"
+            self.apply(NodeGone(audit.peer))
+
+    def apply(self, event: Event) -> None:
+        """Store an event, advance the rounds by it, and do what follows."""
+        before = self.state
+        seq = self._session.scalar(select(func.max(EventRow.seq)).filter_by(run=self._run)) or 0
+        self._session.add(
+            EventRow(run=self._run, seq=seq + 1, round=before.round, at_ms=self._now_ms, payload=encode_event(event))
+        )
+        self.state, effects = advance(before, event, self._now_ms)
+        for effect in effects:
+            self._carry_out(effect)
+        if self.state.round != before.round:
+            self._snapshot(seq + 1)
+
+    def _carry_out(self, effect: Effect) -> None:
+        match effect:
+            case PublishPlan():
+                self._publish_plan(effect)
+            case PublishCommitmentSet():
+                self._publish_commitment_set(effect)
+            case RequestRoot():
+                row = self._round(effect.round)
+                row.parts = encoding.encode(effect.parts)
+                row.missing_parts = effect.parts.count(None)
+                self.topics |= {f"sealing:{effect.round}", f"part-records:{effect.round}"}
+            case PublishManifest():
+                self._publish_manifest(effect)
+            case RevealBeacon():
+                self._reveal(effect)
+            case Finish():
+                self.topics.add(f"plan:{self.state.round}")
+
+    def _publish_plan(self, effect: PublishPlan) -> None:
+        previous = self.archive.round(effect.round - 1) if effect.round else None
+        beacon = previous.beacon if previous is not None else bytes.fromhex(self._office.spec.beacon)
+        assert beacon is not None
+        plan = RoundPlan(
+            run=self._run,
+            round=effect.round,
+            base=effect.base,
+            roster=effect.roster,
+            cursor=effect.cursor,
+            commit_by_ms=effect.commit_by_ms,
+            exchange_by_ms=effect.exchange_by_ms,
+            previous_beacon=beacon,
+            log_size=self._log.size,
+            log_root=self._log.root(),
+        )
+        self._sign(plan)
+        self._session.add(
+            RoundRow(
+                run=self._run,
+                round=effect.round,
+                slots=len(effect.roster),
+                plan=plan.hash,
+                committed=0,
+                missing_parts=0,
+            )
+        )
+        self.topics.add(f"plan:{effect.round}")
+
+    def _publish_commitment_set(self, effect: PublishCommitmentSet) -> None:
+        row = self._round(effect.round)
+        entries = tuple(SlotHash(slot=slot, hash=digest) for slot, digest in effect.commitments)
+        closing = CommitmentSet(run=self._run, round=effect.round, plan=row.plan, commitments=entries)
+        self._sign(closing)
+        row.commitment_set, row.committed = closing.hash, len(entries)
+        for slot, _ in effect.commitments:
+            node = self.archive.node(self.state.roster[slot].peer)
+            if node is not None:
+                node.contributions += 1
+        self.topics.add(f"commitments:{effect.round}")
+
+    def _publish_manifest(self, effect: PublishManifest) -> None:
+        row = self._round(effect.round)
+        assert row.commitment_set is not None
+        manifest = RoundManifest(
+            run=self._run,
+            round=effect.round,
+            plan=row.plan,
+            commitment_set=row.commitment_set,
+            parts=effect.parts,
+            base=effect.base,
+            root=effect.root,
+        )
+        self._sign(manifest)
+        row.manifest, row.root = manifest.hash, manifest.root
+        self.topics.add(f"manifest:{effect.round}")
+
+    def _reveal(self, effect: RevealBeacon) -> None:
+        row = self._round(effect.round)
+        assert row.manifest is not None
+        spec = self._office.spec
+        reveal = BeaconReveal(
+            run=self._run,
+            round=effect.round,
+            value=chain_value(self._office.beacon_seed, effect.round, spec.rounds.count),
+            manifest=row.manifest,
+            openings=tuple(SlotNonce(slot=slot, nonce=nonce) for slot, nonce in effect.openings),
+        )
+        self._sign(reveal)
+        row.beacon = reveal.value
+        plan = self.archive.stored(RoundPlan, row.plan)
+        contributions = self._contributions(row)
+        candidates = [
+            Drawable(slot, plan.roster[slot].peer, self._earlier(plan.roster[slot].peer), commitment.nonce_hash)
+            for slot, commitment in contributions.items()
+        ]
+        for slot in drawn(spec.audit, reveal, candidates):
+            self._session.add(
+                AuditRow(
+                    run=self._run,
+                    round=effect.round,
+                    slot=slot,
+                    peer=plan.roster[slot].peer,
+                    commitment=contributions[slot].hash,
+                )
+            )
+        self.topics |= {f"beacon:{effect.round}", "audits"}
+
+    def _contributions(self, row: RoundRow) -> dict[int, Commitment]:
+        assert row.commitment_set is not None
+        closing = self.archive.stored(CommitmentSet, row.commitment_set)
+        return {entry.slot: self.archive.stored(Commitment, entry.hash) for entry in closing.commitments}
+
+    def _earlier(self, key: bytes) -> int:
+        """Contributions before this round's, which is counted already."""
+        node = self.archive.node(key)
+        return 0 if node is None else node.contributions - 1
+
+    def _round(self, number: int) -> RoundRow:
+        row = self.archive.round(number)
+        assert row is not None
+        return row
+
+    def _sign(self, record: Record) -> None:
+        self.append(Envelope.sign(self._office.identity, record), record)
+
+    def _snapshot(self, seq: int) -> None:
+        """Keep the state at the start of a round; what only earlier states were made of is not needed any more."""
+        number = self.state.round
+        self._session.add(SnapshotRow(run=self._run, round=number, seq=seq, state=encode_state(self.state)))
+        older = select(func.max(SnapshotRow.seq)).filter(SnapshotRow.run == self._run, SnapshotRow.round < number)
+        self._session.execute(
+            delete(EventRow).where(EventRow.run == self._run, EventRow.seq <= older.scalar_subquery())
+        )
+        passing = [Ready.kind, PartHeld.kind]
+        self._session.execute(
+            delete(RecordRow).where(RecordRow.run == self._run, RecordRow.kind.in_(passing), RecordRow.round < number)
+        )

@@ -1,0 +1,279 @@
+"""The checkpoint worker: follows the checkpoint, off the nodes' path, and is everybody's first peer.
+
+It fetches each average that a reducer published, checks it, keeps its bytes and says so; once the exchange of a round is
+closed it does the outer step and reports the root that the manifest will name; it stores every checkpoint's chunks, and
+measures the held-out loss. It holds no secrets but its key, and stopping it stops nothing that nodes have begun.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TypeVar
+
+from swarm_coordinator.run_directory import RunDirectory
+from swarm_coordinator.store import Store
+from swarm_protocol import checkpoint as checkpoints
+from swarm_protocol import data, fetch, parts, training
+from swarm_protocol.checkpoint import Checkpoint
+from swarm_protocol.chunks import content_hash
+from swarm_protocol.client import Commitments, CoordinatorClient, persist
+from swarm_protocol.data import Dataset, DatasetManifest
+from swarm_protocol.errors import InvalidDataError, RefusedError, SwarmError, UnreachableError
+from swarm_protocol.files import write_atomic
+from swarm_protocol.identity import Identity, peer_id
+from swarm_protocol.peers import PeerPlane
+from swarm_protocol.records import (
+    Addresses,
+    CheckpointReport,
+    Envelope,
+    Evaluation,
+    PartHeld,
+    PartRecord,
+    Record,
+    RoundPlan,
+)
+from swarm_protocol.signing import SigningLedger
+
+log = logging.getLogger(__name__)
+
+PATIENCE_S = 24 * 3600.0
+START_PATIENCE_S = 120.0
+POLL_S = 10.0
+FETCH_TIMEOUT_S = 15.0
+RETRY_S = 1.0
+PARALLEL = 4
+
+T = TypeVar("T")
+
+
+async def run(directory: Path, url: str) -> None:
+    """Work until the run is finished, or until cancelled.
+
+    Raises:
+        SwarmError: the worker cannot do its work here.
+    """
+    home = RunDirectory(directory)
+    identity = Identity.load(home.worker_key)
+    client = await persist(lambda: CoordinatorClient.connect(url), deadline_s=START_PATIENCE_S)
+    async with client:
+        training.configure(1)
+        listen = f"/ip4/{_host(url)}/tcp/{_port(directory / 'worker' / 'peer-port')}"
+        plane = await PeerPlane.start(home.worker_key, client.spec.run_id, listen=[listen])
+        try:
+            with SigningLedger(directory / "worker" / "signed.db", identity) as ledger:
+                await CheckpointWorker(client, plane, ledger, Store(home.objects)).run()
+        finally:
+            await plane.close()
+
+
+def _host(url: str) -> str:
+    """The address to listen on: loopback for a coordinator on loopback."""
+    host = url.split("://")[-1].split("/")[0].rsplit(":", 1)[0]
+    return "127.0.0.1" if host in ("127.0.0.1", "localhost") else "0.0.0.0"  # noqa: S104  # peers come from anywhere
+
+
+def _port(path: Path) -> int:
+    """The port of the first start, for ever: nodes know it."""
+    if path.exists():
+        return int(path.read_text())
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        port = int(listener.getsockname()[1])
+    write_atomic(path, str(port).encode())
+    return port
+
+
+class CheckpointWorker:
+    """One run's checkpoint worker."""
+
+    def __init__(self, client: CoordinatorClient, plane: PeerPlane, ledger: SigningLedger, store: Store) -> None:
+        self._client = client
+        self._spec = client.spec
+        self._plane = plane
+        self._ledger = ledger
+        self._store = store
+        self._evaluations: asyncio.Queue[Checkpoint] = asyncio.Queue(maxsize=64)
+
+    async def run(self) -> None:
+        """Follow the run round by round until its last one is sealed and evaluated."""
+        addresses = tuple(await self._plane.addresses())
+        here = self._ledger.sign_next(
+            lambda sequence: Addresses(run=self._spec.run_id, round=0, sequence=sequence, multiaddrs=addresses)
+        )
+        await self._patiently(lambda: self._client.post(here))
+        round_number, root = await self._patiently(self._client.latest_checkpoint)
+        checkpoint = await self._patiently(lambda: fetch.checkpoint(self._client, round_number, root))
+        evaluating = asyncio.create_task(self._evaluate())
+        try:
+            self._evaluations.put_nowait(checkpoint)
+            while checkpoint.round < self._spec.rounds.count:
+                checkpoint = await self._round(checkpoint)
+                await self._evaluations.put(checkpoint)
+            await self._evaluations.join()
+        finally:
+            evaluating.cancel()
+        log.info("the run's last checkpoint is sealed and evaluated")
+        await asyncio.Event().wait()  # still everybody's first peer
+
+    async def _round(self, checkpoint: Checkpoint) -> Checkpoint:
+        plan = await self._until(lambda: self._client.plan(checkpoint.round, wait_s=POLL_S))
+        commitments = await self._until(lambda: self._client.commitments(plan, wait_s=POLL_S))
+        collecting = asyncio.create_task(self._collect(plan, commitments))
+        try:
+            chosen = await self._until(lambda: self._client.sealing(plan.round, wait_s=POLL_S))
+        finally:
+            collecting.cancel()
+            for outcome in await asyncio.gather(collecting, return_exceptions=True):
+                if isinstance(outcome, Exception):
+                    log.error("collecting the averages of round %d failed: %s", plan.round, outcome)
+        following = await asyncio.to_thread(checkpoints.advance, self._spec, checkpoint, await self._averages(chosen))
+        await asyncio.to_thread(self._store.put_state, *following.buffers)
+        await self._sign_and_post(
+            CheckpointReport(
+                run=self._spec.run_id, round=plan.round, base=plan.base, parts=tuple(chosen), root=following.root
+            )
+        )
+        return following
+
+    async def _averages(self, chosen: list[bytes | None]) -> list[bytes | None]:
+        """The bytes of the part records that a round is sealed with; they are held, or would not have been chosen."""
+        averages: list[bytes | None] = []
+        for name in chosen:
+            if name is None:
+                averages.append(None)
+                continue
+            envelope = await self._patiently(lambda name=name: self._client.record(name))  # type: ignore[misc]
+            record = envelope.open_as(PartRecord, run=self._spec.run_id)
+            average = await asyncio.to_thread(self._store.get, record.result)
+            if average is None:
+                raise SwarmError(
+                    f"the average {record.result.hex()} is not in the object store; restore it from a backup"
+                )
+            averages.append(average)
+        return averages
+
+    # Averages
+
+    async def _collect(self, plan: RoundPlan, commitments: Commitments) -> None:
+        """Fetch, check and keep every average that is published, as it comes; until cancelled."""
+        reducers = {seat.peer for seat in plan.roster if seat.reducer}
+        gate = asyncio.Semaphore(PARALLEL)
+        seen: set[bytes] = set()
+        count = 0
+        async with asyncio.TaskGroup() as tasks:
+            while True:
+                found = await self._patiently(
+                    lambda: self._client.part_records(plan.round, after=count, wait_s=POLL_S)  # noqa: B023
+                )
+                for envelope in found or []:
+                    try:
+                        record = envelope.open_as(PartRecord, run=self._spec.run_id, round=plan.round)
+                        if envelope.key not in reducers or record.commitment_set != commitments.closing.hash:
+                            raise InvalidDataError("a part record that is not of this round")
+                    except InvalidDataError as error:
+                        log.warning("round %d: %s", plan.round, error)
+                        continue
+                    if record.hash not in seen:
+                        seen.add(record.hash)
+                        tasks.create_task(self._hold(envelope, record, gate))
+                if found is None:
+                    await asyncio.sleep(0.1)
+                else:
+                    count = max(count, len(found))
+
+    async def _hold(self, envelope: Envelope, record: PartRecord, gate: asyncio.Semaphore) -> None:
+        while True:
+            try:
+                async with gate:
+                    average = await self._fetch(envelope.key, record)
+                break
+            except (UnreachableError, RefusedError) as error:
+                log.info("part %d of round %d: %s; trying again", record.part, record.round, error)
+            except InvalidDataError as error:
+                log.warning(
+                    "part %d of round %d from %s is not sound: %s",
+                    record.part, record.round, peer_id(envelope.key), error,
+                )  # fmt: skip
+                return
+            await asyncio.sleep(RETRY_S)
+        await asyncio.to_thread(self._store.put, record.result, average)
+        held = await asyncio.to_thread(
+            self._ledger.sign_next,
+            lambda sequence: PartHeld(
+                run=self._spec.run_id, round=record.round, sequence=sequence, part_record=record.hash
+            ),
+        )
+        try:
+            await self._patiently(lambda: self._client.post(held))
+        except RefusedError as error:
+            log.info("part %d of round %d is held too late: %s", record.part, record.round, error)
+
+    async def _fetch(self, reducer: bytes, record: PartRecord) -> bytes:
+        """The average's bytes, checked for hash, form, finiteness and norm."""
+        kept = await asyncio.to_thread(self._store.get, record.result)
+        if kept is None:
+            if record.size_bytes != parts.encoded_part_bytes(self._spec, record.part):
+                raise InvalidDataError("its declared size is not that of an encoded part")
+            _, kept = await self._plane.call(
+                reducer,
+                {"op": "get", "hash": record.result},
+                max_answer_bytes=record.size_bytes,
+                timeout_s=FETCH_TIMEOUT_S,
+            )
+            if content_hash(kept) != record.result:
+                raise InvalidDataError("the reducer serves other bytes than it signed")
+        await asyncio.to_thread(checkpoints.decode_average, self._spec, record.part, kept)
+        return kept
+
+    # Held-out loss
+
+    async def _evaluate(self) -> None:
+        manifest = DatasetManifest.decode(await self._data_manifest())
+        dataset = Dataset.from_directory(manifest, self._store.chunks_folder)
+        while True:
+            checkpoint = await self._evaluations.get()
+            try:
+                loss, tokens = await asyncio.to_thread(self._loss, checkpoint, dataset)
+                await self._sign_and_post(
+                    Evaluation(
+                        run=self._spec.run_id, round=checkpoint.round, root=checkpoint.root, loss=loss, tokens=tokens
+                    )
+                )
+            except (RefusedError, SwarmError) as error:
+                log.warning("checkpoint %d is not evaluated: %s", checkpoint.round, error)
+            finally:
+                self._evaluations.task_done()
+
+    def _loss(self, checkpoint: Checkpoint, dataset: Dataset) -> tuple[float, int]:
+        batches = list(data.held_out_batches(self._spec, dataset))
+        tokens = sum(batch.shape[0] * (batch.shape[1] - 1) for batch in batches)
+        return training.evaluate(self._spec, checkpoint.parameters, batches), tokens
+
+    async def _data_manifest(self) -> bytes:
+        root = bytes.fromhex(self._spec.data.root)
+        found = await asyncio.to_thread(self._store.get, root)
+        if found is None:
+            raise SwarmError("the dataset's manifest is not in the object store; restore it from a backup")
+        return found
+
+    # Small things
+
+    async def _sign_and_post(self, record: Record) -> None:
+        # What was signed before a crash is what counts; a new measurement of the same thing is dropped.
+        stored = self._ledger.find(record.run, record.kind, record.round, record.sequence)
+        envelope = await asyncio.to_thread(self._ledger.sign, record) if stored is None else stored
+        await self._patiently(lambda: self._client.post(envelope))
+
+    async def _patiently(self, attempt: Callable[[], Awaitable[T]]) -> T:
+        return await persist(attempt, deadline_s=PATIENCE_S)
+
+    async def _until(self, attempt: Callable[[], Awaitable[T | None]]) -> T:
+        """Repeat a long-poll until there is something."""
+        while True:
+            found = await self._patiently(attempt)
+            if found is not None:
+                return found

@@ -7,7 +7,6 @@ transaction.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
@@ -156,15 +155,3 @@ async def open_service(directory: RunDirectory, clock: Callable[[], int] | None 
         yield service
     finally:
         await service.close()
-
-
-@asynccontextmanager
-async def running_clock(service: Service) -> AsyncIterator[None]:
-    """The service's clock runs inside."""
-    clock = asyncio.create_task(service.run_clock())
-    try:
-        yield
-    finally:
-        clock.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await clock

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -49,7 +50,7 @@ def test_parts_cover_the_vector_in_order_and_none_is_empty(size: int, count: int
     cut = parts.partition(size, count)
     assert cut[0].start == 0
     assert cut[-1].stop == size
-    assert all(a.stop == b.start for a, b in zip(cut, cut[1:], strict=False))
+    assert all(a.stop == b.start for a, b in pairwise(cut))
     assert all(part.start < part.stop and part.start % 256 == 0 for part in cut)
     assert len(cut) == min(count, -(-size // 256))
 
@@ -98,7 +99,8 @@ def test_parameters_that_are_not_finite_or_not_this_models_are_refused() -> None
     good = np.zeros(spec.model.num_parameters, np.float32)
     bad = good.copy()
     bad[3] = np.nan
-    for start, final in ((good, bad), (good, good[:-1]), (good.astype(np.float64), good)):
+    wide: Any = good.astype(np.float64)
+    for start, final in ((good, bad), (good, good[:-1]), (wide, good)):
         with pytest.raises(InvalidDataError):
             parts.encode_parts(spec, start, final)
 

@@ -1,0 +1,106 @@
+"""Routes that serve bytes by their hash: the last source of checkpoints, data and averages."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator
+from typing import Annotated
+
+from fastapi import APIRouter, Header, Response
+from fastapi.responses import StreamingResponse
+
+from swarm_coordinator.api.access import OCTETS, Hash, TheRun, binary, missing
+from swarm_coordinator.api.models import CheckpointName
+from swarm_coordinator.api.problems import documented, problem
+from swarm_coordinator.api.status import newest_checkpoint
+from swarm_coordinator.store import Store
+
+PIECE_BYTES = 1 << 20
+
+router = APIRouter(prefix="/v1/runs/{run_id}", tags=["objects"])
+
+
+@router.get("/checkpoints/latest", summary="The newest sealed checkpoint", responses=documented(404, 422))
+async def latest_checkpoint(run: TheRun) -> CheckpointName:
+    return await run.read(lambda archive: newest_checkpoint(run.spec, archive))
+
+
+@router.get(
+    "/checkpoints/{root}",
+    summary="The chunk hashes of a checkpoint",
+    response_class=Response,
+    responses=binary(OCTETS, "an encoded StateManifest, whose root is the one asked for"),
+)
+async def checkpoint(run: TheRun, root: Hash) -> Response:
+    manifest = await asyncio.to_thread(run.store.get_checkpoint, bytes.fromhex(root))
+    if manifest is None:
+        raise missing(f"checkpoint {root}")
+    return Response(manifest, media_type=OCTETS)
+
+
+@router.get(
+    "/chunks/{digest}",
+    summary="A blob, by its BLAKE3 hash",
+    description="A chunk of a checkpoint, a data shard, the dataset's manifest, or the average of a part. It never changes. "
+    "One range of bytes may be asked for.",
+    response_class=Response,
+    responses={
+        **binary(OCTETS, "the whole blob", 416),
+        206: {"description": "the range", "content": {OCTETS: {"schema": {"type": "string", "format": "binary"}}}},
+        304: {"description": "the blob with this ETag is the blob"},
+    },
+)
+async def chunk(
+    run: TheRun,
+    digest: Hash,
+    range_: Annotated[str | None, Header(alias="range")] = None,
+    if_none_match: Annotated[str | None, Header()] = None,
+) -> Response:
+    name = bytes.fromhex(digest)
+    size_bytes = await asyncio.to_thread(run.store.size_bytes, name)
+    if size_bytes is None:
+        raise missing(f"blob {digest}")
+    headers = {
+        "etag": f'"{digest}"',
+        "cache-control": "public, max-age=31536000, immutable",
+        "accept-ranges": "bytes",
+    }
+    if if_none_match is not None and headers["etag"] in if_none_match:
+        return Response(status_code=304, headers=headers)
+    start, end = _range(range_, size_bytes)
+    if start >= end and range_ is not None:
+        return problem(
+            416, "no-such-range", f"the blob has {size_bytes} bytes", {"content-range": f"bytes */{size_bytes}"}
+        )
+    partial = (start, end) != (0, size_bytes)
+    if partial:
+        headers["content-range"] = f"bytes {start}-{end - 1}/{size_bytes}"
+    headers["content-length"] = str(end - start)
+    return StreamingResponse(
+        _pieces(run.store, name, start, end), 206 if partial else 200, headers=headers, media_type=OCTETS
+    )
+
+
+async def _pieces(store: Store, digest: bytes, start: int, end: int) -> AsyncIterator[bytes]:
+    while start < end:
+        stop = min(start + PIECE_BYTES, end)
+        piece = await asyncio.to_thread(store.get_range, digest, start, stop)
+        if piece is None:
+            raise missing(f"blob {digest.hex()}")
+        yield piece
+        start = stop
+
+
+def _range(header: str | None, size_bytes: int) -> tuple[int, int]:
+    """[start, end) of a single range (RFC 9110, section 14.1.2); the whole blob where the header asks for none that we know.
+
+    Empty if the range cannot be satisfied.
+    """
+    match = re.fullmatch(r"bytes=(\d{0,19})-(\d{0,19})", header or "")
+    if match is None or match.group(0) == "bytes=-":
+        return 0, size_bytes
+    first, last = match.groups()
+    if not first:
+        return max(0, size_bytes - int(last)), size_bytes
+    return int(first), min(int(last) + 1, size_bytes) if last else size_bytes

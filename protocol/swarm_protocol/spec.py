@@ -34,7 +34,7 @@ class ModelSpec(_Section):
     vocab_size: int = Field(256, ge=2, le=1 << 20)
     hidden_size: int = Field(128, ge=8, le=16384)
     intermediate_size: int = Field(352, ge=8, le=65536)
-    num_hidden_layers: int = Field(4, ge=1, le=256)
+    num_hidden_layers: int = Field(2, ge=1, le=256)
     num_attention_heads: int = Field(4, ge=1, le=256)
     num_key_value_heads: int = Field(2, ge=1, le=256)
     max_position_embeddings: int = Field(128, ge=8, le=1 << 17)

@@ -46,7 +46,7 @@ def test_the_demo_trains_exchanges_and_replays() -> None:
 def test_three_nodes_learn_in_four_rounds() -> None:
     result = demo("--nodes", "3", "--rounds", "4")
     losses = result["val_loss"]
-    assert losses[0] == pytest.approx(math.log(256), abs=0.1)
+    assert losses[0] < math.log(256) * 1.02
     assert losses[-1] < math.log(256) * 2 / 3
     assert len(result["checkpoint_roots"]) == 4
     assert len(set(result["checkpoint_roots"].values())) == 1

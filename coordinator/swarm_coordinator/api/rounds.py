@@ -14,7 +14,7 @@ from swarm_coordinator.db.archive import Archive
 from swarm_coordinator.rounds import Phase
 from swarm_protocol import encoding
 from swarm_protocol.errors import RefusedError
-from swarm_protocol.records import BeaconReveal, CommitmentSet, Envelope, PartRecord, RoundPlan, encode_list
+from swarm_protocol.records import BeaconReveal, CommitmentSet, Envelope, PartRecord, encode_list
 
 router = APIRouter(prefix="/v1/runs/{run_id}")
 
@@ -37,7 +37,7 @@ async def plan(run: TheRun, number: RoundNumber, wait_s: Wait = 0.0) -> Response
         row = archive.round(number)
         return None if row is None else _envelope(archive, row.plan)
 
-    return await polled(run, f"{RoundPlan.kind}:{number}", query, wait_s)
+    return await polled(run, f"plan:{number}", query, wait_s)
 
 
 @router.get(
@@ -142,7 +142,7 @@ async def beacon(run: TheRun, number: RoundNumber, wait_s: Wait = 0.0) -> Respon
         rows = archive.of_round(BeaconReveal.kind, number)
         return rows[0].envelope if rows else None
 
-    return await polled(run, f"{BeaconReveal.kind}:{number}", query, wait_s)
+    return await polled(run, f"beacon:{number}", query, wait_s)
 
 
 @router.get(
@@ -162,7 +162,7 @@ async def detail(run: TheRun, number: RoundNumber) -> RoundDetail:
     "/audits",
     tags=["audits"],
     summary="Audits that want this auditor's verdict",
-    description="Those without an outcome that this auditor has not given a verdict on, oldest first. Waits while there are none.",
+    description="Those without an outcome that this auditor has not voted on, oldest first. Waits while there are none.",
     responses=documented(404, 422),
 )
 async def audits(

@@ -103,8 +103,8 @@ async def log_head(run: TheRun) -> LogHead:
     "/v1/runs/{run_id}/log/entries",
     tags=["log"],
     summary="Entries of the transparency log",
-    description="A CBOR list of encoded Envelopes, from leaf `start` on; it may hold fewer than `count`. A leaf's data is the "
-    "encoded Envelope, hashed as in RFC 6962.",
+    description="A CBOR list of encoded Envelopes, from leaf `start` on; it may hold fewer than `count`. A leaf's data is "
+    "the encoded Envelope, hashed as in RFC 6962.",
     response_class=Response,
     responses=binary(CBOR, "a list of encoded Envelopes"),
 )
@@ -114,7 +114,8 @@ async def log_entries(
     count: Annotated[int, Query(ge=1, le=MAX_ENTRIES)] = MAX_ENTRIES,
 ) -> Response:
     rows = await run.read(lambda archive: archive.leaves(start, count))
-    envelopes, size_bytes = [], 0
+    envelopes: list[Envelope] = []
+    size_bytes = 0
     for row in rows:
         size_bytes += len(row.envelope)
         if envelopes and size_bytes > MAX_ENTRIES_BYTES:

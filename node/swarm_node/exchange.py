@@ -91,6 +91,7 @@ class Exchange:
                     gate = asyncio.Semaphore(PARALLEL)
                     for part in range(len(self._slices)):
                         tasks.create_task(self._deliver(mine, part, gate))
+                await asyncio.Event().wait()  # others may still deliver to us
         finally:
             await self.stop()
 

@@ -75,13 +75,11 @@ def _write(out: bytearray, value: object, depth: int) -> None:
     elif isinstance(value, float):
         out += _float_bytes(value)
     elif isinstance(value, bytes | bytearray | memoryview):
-        _head(out, _BYTES, len(value))
-        out += value
+        raw = bytes(value)  # a memoryview counts items, not bytes
+        _head(out, _BYTES, len(raw))
+        out += raw
     elif isinstance(value, str):
-        try:
-            raw = value.encode()
-        except UnicodeEncodeError as error:
-            raise EncodingError("text with a lone surrogate") from error
+        raw = _utf8(value)
         _head(out, _TEXT, len(raw))
         out += raw
     elif isinstance(value, list | tuple):
@@ -94,11 +92,18 @@ def _write(out: bytearray, value: object, depth: int) -> None:
             if not isinstance(key, str):
                 raise EncodingError(f"map key {key!r} is not text")
         # Among text keys, the bytewise order of the encodings is: shorter first, then by bytes.
-        for key in sorted(value, key=lambda k: (len(k.encode()), k.encode())):
+        for key in sorted(value, key=lambda k: (len(_utf8(k)), _utf8(k))):
             _write(out, key, depth - 1)
             _write(out, value[key], depth - 1)
     else:
         raise EncodingError(f"{type(value).__name__} has no place in a record")
+
+
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise EncodingError("text with a lone surrogate") from error
 
 
 def _float_bytes(value: float) -> bytes:

@@ -106,18 +106,25 @@ class Identity:
         return identity
 
     def save(self, path: Path) -> None:
-        """Write the key file durably, with mode 0600; an existing file is never overwritten."""
-        path.parent.mkdir(parents=True, exist_ok=True)
+        """Write the key file durably, with mode 0600; an existing file is never overwritten.
+
+        Raises:
+            ConfigurationError: there is a file already, or the folder may not be written.
+        """
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(_KEY_FILE_PREFIX + self.seed + self.public_key)
-            file.flush()
-            os.fsync(file.fileno())
         try:
-            os.link(temporary, path)
-        finally:
-            temporary.unlink()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            try:
+                with os.fdopen(descriptor, "wb") as file:
+                    file.write(_KEY_FILE_PREFIX + self.seed + self.public_key)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.link(temporary, path)
+            finally:
+                temporary.unlink()
+        except OSError as error:
+            raise ConfigurationError(f"the identity file {path} cannot be written: {error.strerror}") from error
 
     @cached_property
     def seed(self) -> bytes:

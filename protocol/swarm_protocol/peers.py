@@ -149,10 +149,17 @@ class PeerPlane:
 
     async def close(self) -> None:
         """Stop the DHT and the daemon; nothing of them is left when this returns."""
+        daemon = self._p2p._child
         with contextlib.suppress(Exception):
             await asyncio.wait_for(asyncio.to_thread(self._dht.shutdown), 10)
         with contextlib.suppress(Exception):
-            await asyncio.wait_for(self._p2p.shutdown(), 10)
+            await asyncio.wait_for(self._p2p.shutdown(), 5)
+        if daemon is not None:
+            with contextlib.suppress(ProcessLookupError):
+                daemon.kill()
+            with contextlib.suppress(Exception):
+                await asyncio.wait_for(daemon.wait(), 5)
+            daemon._transport.close()  # or it complains when the loop is gone
 
     async def addresses(self) -> list[str]:
         """Our own multiaddresses, each ending in our PeerID."""

@@ -119,7 +119,7 @@ def test_the_moments_are_momenta_then_first_then_second_moments() -> None:
 
 @pytest.mark.parametrize(("name", "expected"), [("adamw", 2), ("muon", 1)])
 def test_muon_keeps_half_the_state(name: str, expected: int) -> None:
-    model = ModelSpec()
+    model = ModelSpec(num_hidden_layers=4)
     size = sum(moment_sizes(model, OptimizerSpec(name=name)))  # type: ignore[arg-type]
     assert size / model.num_parameters == pytest.approx(expected, rel=0.06)
 

@@ -42,6 +42,7 @@ class NodeStatus(BaseModel):
     contributions: int = Field(description="commitments that counted")
     accepted: int = Field(description="contributions that an audit accepted")
     rejected: int
+    pending_audits: int = Field(description="drawn contributions without an outcome: evidence is still wanted")
 
 
 class RoundSummary(BaseModel):

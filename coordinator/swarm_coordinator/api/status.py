@@ -115,6 +115,7 @@ def _peers(archive: Archive) -> list[str]:
 
 
 def _nodes(archive: Archive) -> list[NodeStatus]:
+    pending = archive.pending_audits()
     return [
         NodeStatus(
             peer=peer_id(row.key),
@@ -126,6 +127,7 @@ def _nodes(archive: Archive) -> list[NodeStatus]:
             contributions=row.contributions,
             accepted=row.accepted,
             rejected=row.rejected,
+            pending_audits=pending.get(row.key, 0),
         )
         for row in archive.nodes()
     ]

@@ -86,6 +86,11 @@ class Archive:
     def audit(self, round_number: int, slot: int) -> AuditRow | None:
         return self.session.get(AuditRow, (self.run, round_number, slot))
 
+    def pending_audits(self) -> dict[bytes, int]:
+        """How many audits without an outcome each node has, by its key."""
+        query = select(AuditRow.peer, func.count()).where(AuditRow.run == self.run, AuditRow.outcome.is_(None))
+        return {peer: count for peer, count in self.session.execute(query.group_by(AuditRow.peer))}
+
     def open_audits(self, auditor: bytes) -> list[tuple[AuditRow, int]]:
         """Audits without an outcome that this auditor has not voted on, oldest first, with how many others have."""
         verdicts = (
@@ -112,11 +117,11 @@ class Archive:
     def count_audits(self) -> dict[str | None, int]:
         """Audits by outcome; None for those that are pending."""
         query = select(AuditRow.outcome, func.count()).filter_by(run=self.run).group_by(AuditRow.outcome)
-        return dict(self.session.execute(query).tuples().all())
+        return dict(self.session.execute(query).all())
 
     def count_comparisons(self) -> dict[str | None, int]:
         query = select(VerdictRow.comparison, func.count()).filter_by(run=self.run).group_by(VerdictRow.comparison)
-        return dict(self.session.execute(query).tuples().all())
+        return dict(self.session.execute(query).all())
 
     def rejected(self, limit: int) -> Sequence[AuditRow]:
         """The newest rejected contributions, oldest first."""

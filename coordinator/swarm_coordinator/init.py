@@ -1,0 +1,104 @@
+"""Making a run: from a config and a corpus to a directory that can be served.
+
+The directory appears whole or not at all. What defines the run is sealed in `spec.cbor`, whose hash is the run id; the keys
+and the beacon's seed stay with the run owner.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from swarm_coordinator.run_directory import RunDirectory
+from swarm_coordinator.store import Store
+from swarm_protocol.chunks import content_hash
+from swarm_protocol.draw import chain_end
+from swarm_protocol.errors import ConfigurationError
+from swarm_protocol.files import write_atomic
+from swarm_protocol.identity import Identity
+from swarm_protocol.spec import DataSpec, RunConfig, RunSpec
+
+
+@dataclass(frozen=True)
+class Options:
+    """`corpus` is files and folders; `auditors` is how many keys are made that may audit."""
+
+    directory: Path
+    config: RunConfig
+    corpus: Sequence[Path]
+    token: str | None = None
+    auditors: int = 2
+
+
+def initialise(options: Options) -> RunSpec:
+    """Make the directory of a new run.
+
+    Raises:
+        ConfigurationError: the directory is in use, the corpus is too small, or the disk is full.
+    """
+    target = options.directory.absolute()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigurationError(f"{options.directory} exists and is not empty; choose another directory")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        building = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise ConfigurationError(f"{target.parent} cannot be written: {error.strerror}") from error
+    try:
+        spec = _build(RunDirectory(building), options)
+        os.sync()
+        building.rename(target)
+    except OSError as error:
+        raise ConfigurationError(f"{options.directory} cannot be made: {error.strerror}") from error
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return spec
+
+
+def _build(directory: RunDirectory, options: Options) -> RunSpec:
+    # Torch takes seconds to load, and nothing else of the coordinator needs it.
+    from swarm_protocol.checkpoint import Checkpoint
+    from swarm_protocol.corpus import write_dataset
+    from swarm_protocol.model.llama import initial_parameters
+
+    config = options.config
+    store = Store(directory.objects)
+    dataset = write_dataset(config.data, config.model, options.corpus, lambda blob: store.put(content_hash(blob), blob))
+    store.put(dataset.root, dataset.encode())
+    checkpoint = Checkpoint.initial(initial_parameters(config.model, config.seed))
+    root = store.put_state(*checkpoint.buffers).root
+    identity, seed = Identity.generate(), secrets.token_bytes(32)
+    identity.save(directory.coordinator_key)
+    Identity.generate().save(directory.worker_key)
+    for number in range(options.auditors):
+        Identity.generate().save(directory.auditor_key(number))
+    write_atomic(directory.beacon_seed_file, seed, mode=0o600)
+    if options.token is not None:
+        write_atomic(directory.token_file, options.token.encode(), mode=0o600)
+    spec = RunSpec(
+        name=config.name,
+        seed=config.seed,
+        numerics=config.numerics,
+        coordinator=identity.public_key.hex(),
+        checkpoint=root.hex(),
+        beacon=chain_end(seed, config.rounds.count).hex(),
+        model=config.model,
+        data=DataSpec(
+            root=dataset.root.hex(),
+            tokenizer=dataset.tokenizer,
+            train_tokens=dataset.train_tokens,
+            held_out_windows=config.data.held_out_windows,
+        ),
+        training=config.training,
+        exchange=config.exchange,
+        outer=config.outer,
+        rounds=config.rounds,
+        audit=config.audit,
+    )
+    write_atomic(directory.spec_file, spec.encode())
+    return spec

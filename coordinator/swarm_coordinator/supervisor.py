@@ -1,0 +1,58 @@
+"""Child processes that are started again when they crash, and that are gone when this process is.
+
+A child leads its own process group, which is ended as a whole; the kernel kills it if this process is killed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+from collections.abc import Sequence
+
+from swarm_protocol.processes import bound_to_parent
+
+log = logging.getLogger(__name__)
+
+FIRST_PAUSE_S = 0.5
+LONGEST_PAUSE_S = 30.0
+HEALTHY_S = 60.0
+GRACE_S = 3.0
+
+
+async def supervise(name: str, command: Sequence[str]) -> None:
+    """Keep a child running until cancelled, with growing pauses between crashes; then end it and everything it started."""
+    loop = asyncio.get_running_loop()
+    pause_s = FIRST_PAUSE_S
+    while True:
+        started_s = loop.time()
+        process = await asyncio.create_subprocess_exec(*bound_to_parent(list(command)))
+        try:
+            code = await process.wait()
+        finally:
+            await _end(process)
+        pause_s = FIRST_PAUSE_S if loop.time() - started_s > HEALTHY_S else pause_s
+        log.warning("the %s ended with exit code %d and is started again in %.1f s", name, code, pause_s)
+        await asyncio.sleep(pause_s)
+        pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    """End a child's process group: asked first, then made to."""
+    if process.returncode is None:
+        _signal(process, signal.SIGTERM)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(GRACE_S):
+                await process.wait()
+    _signal(process, signal.SIGKILL)
+    await process.wait()
+
+
+def _signal(process: asyncio.subprocess.Process, number: signal.Signals) -> None:
+    """To a child, and to the group that it leads once it has started."""
+    with contextlib.suppress(ProcessLookupError):
+        process.send_signal(number)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, number)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
+
+from blake3 import blake3
 
 from swarm_protocol.records import Outcome
 from swarm_protocol.spec import AuditSpec
@@ -34,6 +36,15 @@ def resolve(verdicts: Mapping[bytes, Outcome], auditors: int, policy: AuditSpec)
     if votes[Outcome.UNAVAILABLE] == votes.total():
         return Outcome.UNAVAILABLE
     return Outcome.INCONCLUSIVE
+
+
+def whose_turn(commitment: bytes, auditors: Iterable[bytes], voted: Collection[bytes]) -> bytes:
+    """The auditor who should look next, so that several share the work without talking: by rendezvous hash.
+
+    Others may step in when it does not come to it. Empty where everybody has voted.
+    """
+    waiting = [key for key in auditors if key not in voted]
+    return max(waiting, key=lambda key: blake3(commitment + key).digest(), default=b"")
 
 
 def standing_ends(rejected: int, unavailable: int, policy: AuditSpec) -> str | None:

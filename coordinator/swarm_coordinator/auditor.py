@@ -12,10 +12,9 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
-
-from blake3 import blake3
 
 from swarm_protocol import data, fetch, replay, training
 from swarm_protocol.checkpoint import Checkpoint
@@ -36,7 +35,9 @@ PATIENCE_S = 24 * 3600.0
 START_PATIENCE_S = 120.0
 POLL_S = 10.0
 CALL_TIMEOUT_S = 10.0
-SPREAD_S = 4.0
+PAUSE_S = 0.25
+RETRY_S = 5.0
+AT_ONCE = 8
 
 T = TypeVar("T")
 
@@ -98,33 +99,35 @@ class Auditor:
         self._fingerprint = fingerprint_hash(runtime_fingerprint("cpu", threads))
         self._base: Checkpoint | None = None
         self._first_seen: dict[tuple[int, int], float] = {}
+        self._under_way: set[tuple[int, int]] = set()
+        self._replaying = asyncio.Lock()
 
     async def run(self) -> None:
+        """Audit whatever is open, until cancelled. Evidence of several is fetched at once; one replays at a time."""
         shards = await self._patiently(lambda: fetch.Shards.open(self._client, self._folder / "shards"))
-        while True:
-            open_audits = await self._patiently(lambda: self._client.open_audits(self._key, wait_s=POLL_S))
-            due = self._due(open_audits)
-            if due:
-                await self._audit(due[0], shards)
-            elif open_audits:
-                await asyncio.sleep(0.25)
+        async with asyncio.TaskGroup() as tasks:
+            while True:
+                open_audits = await self._patiently(lambda: self._client.open_audits(self._key, wait_s=POLL_S))
+                for audit in self._due(open_audits)[: AT_ONCE - len(self._under_way)]:
+                    name = (int(audit["round"]), int(audit["slot"]))
+                    self._under_way.add(name)
+                    tasks.create_task(self._audit(audit, shards)).add_done_callback(partial(self._ended, name))
+                await asyncio.sleep(PAUSE_S)
+
+    def _ended(self, name: tuple[int, int], _: asyncio.Task[None]) -> None:
+        self._under_way.discard(name)
 
     def _due(self, audits: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The audits to take now, oldest round first.
-
-        Each auditor waits a while before it takes one, by a hash of both, so that several share the work without talking; an
-        audit that already has a verdict wants a second one at once.
-        """
+        """The audits to begin now, oldest first: where it is our turn, or was another's for too long."""
         now = time.monotonic()
-        names = {(int(audit["round"]), int(audit["slot"])) for audit in audits}
+        names = [(int(audit["round"]), int(audit["slot"])) for audit in audits]
         self._first_seen = {name: self._first_seen.get(name, now) for name in names}
-
-        def due(audit: dict[str, Any]) -> bool:
-            seen = self._first_seen[(int(audit["round"]), int(audit["slot"]))]
-            share = blake3(bytes.fromhex(audit["commitment"]) + self._key).digest()[0] / 256
-            return int(audit["verdicts"]) > 0 or now - seen >= share * SPREAD_S
-
-        return sorted(filter(due, audits), key=lambda audit: (int(audit["round"]), -int(audit["verdicts"])))
+        return [
+            audit
+            for name, audit in zip(names, audits, strict=True)
+            if name not in self._under_way
+            and (audit["turn"] == self._key.hex() or now - self._first_seen[name] > self._spec.audit.evidence_s)
+        ]
 
     async def _audit(self, audit: dict[str, Any], shards: fetch.Shards) -> None:
         round_number, slot = int(audit["round"]), int(audit["slot"])
@@ -136,7 +139,7 @@ class Auditor:
             judgement, steps = await self._examine(case, shards)
         except (RefusedError, InvalidDataError) as error:
             log.warning("round %d slot %d cannot be audited here: %s", round_number, slot, error)
-            await asyncio.sleep(1.0)
+            await asyncio.sleep(RETRY_S)
             return
         verdict = Verdict(
             run=self._spec.run_id,
@@ -166,9 +169,10 @@ class Auditor:
         envelope = await self._client.record(commitment_hash)
         holder = plan.roster[slot].peer
         commitment = envelope.open_as(Commitment, run=self._spec.run_id, round=round_number, key=holder)
-        if self._base is None or self._base.root != plan.base:
-            self._base = await fetch.checkpoint(self._client, round_number, plan.base)
-        return _Case(plan, slot, commitment, self._base)
+        base = self._base
+        if base is None or base.root != plan.base:
+            self._base = base = await fetch.checkpoint(self._client, round_number, plan.base)
+        return _Case(plan, slot, commitment, base)
 
     async def _examine(self, case: _Case, shards: fetch.Shards) -> tuple[Judgement, int]:
         """The judgement, and how many steps were replayed for it."""
@@ -184,7 +188,8 @@ class Auditor:
                     return replay.unavailable("its final state"), 0
                 log.info("evidence of round %d slot %d: %s; asking again", case.plan.round, case.slot, error)
                 await asyncio.sleep(1.0)
-        return await asyncio.to_thread(self._compare, case, claimed, shards)
+        async with self._replaying:
+            return await asyncio.to_thread(self._compare, case, claimed, shards)
 
     async def _claimed(self, case: _Case) -> TrainState:
         """The final state that the node claims, every piece of it checked against its commitment.

@@ -16,6 +16,7 @@ from swarm_coordinator.auditing import resolve, standing_ends
 from swarm_coordinator.db.archive import Archive
 from swarm_coordinator.db.machine_codec import encode_event, encode_state
 from swarm_coordinator.db.tables import (
+    MOOT,
     AuditRow,
     EventRow,
     NodeRow,
@@ -172,6 +173,7 @@ class Entry:
         reason = standing_ends(node.rejected, node.unavailable, policy)
         if reason is not None and node.ended_reason is None:
             node.ended_reason = f"{reason} (round {verdict.round}: {verdict.reason})"
+            self.archive.drop_audits(audit.peer)
             self.apply(NodeGone(audit.peer))
 
     def apply(self, event: Event) -> None:
@@ -282,13 +284,16 @@ class Entry:
             for slot, commitment in contributions.items()
         ]
         for slot in drawn(spec.audit, reveal, candidates):
+            peer = plan.roster[slot].peer
+            node = self.archive.node(peer)
             self._session.add(
                 AuditRow(
                     run=self._run,
                     round=effect.round,
                     slot=slot,
-                    peer=plan.roster[slot].peer,
+                    peer=peer,
                     commitment=contributions[slot].hash,
+                    outcome=None if node is None or node.ended_reason is None else MOOT,
                 )
             )
         self.topics |= {f"beacon:{effect.round}", "audits"}

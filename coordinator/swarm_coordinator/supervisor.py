@@ -40,19 +40,14 @@ async def supervise(name: str, command: Sequence[str]) -> None:
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:
-    """End a child's process group: asked first, then made to."""
+    """End a child: asked first, then made to, with everything that is left of its process group."""
     if process.returncode is None:
-        _signal(process, signal.SIGTERM)
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(signal.SIGTERM)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(GRACE_S):
                 await process.wait()
-    _signal(process, signal.SIGKILL)
+    for kill in (process.kill, lambda: os.killpg(process.pid, signal.SIGKILL)):
+        with contextlib.suppress(ProcessLookupError):
+            kill()
     await process.wait()
-
-
-def _signal(process: asyncio.subprocess.Process, number: signal.Signals) -> None:
-    """To a child, and to the group that it leads once it has started."""
-    with contextlib.suppress(ProcessLookupError):
-        process.send_signal(number)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, number)

@@ -64,7 +64,7 @@ class Screen:
     def _once(self, key: object, line: str) -> None:
         if key not in self._said:
             self._said.add(key)
-            self._console.print(line, highlight=False)
+            self._console.print(line, highlight=False, soft_wrap=True)
 
 
 def _live_view(status: dict[str, Any], nodes: dict[str, dict[str, Any]]) -> RenderableType:
@@ -109,20 +109,27 @@ def show_result(console: Console, result: dict[str, Any]) -> None:
     console.print()
     if agree:
         root = next(iter(roots.values()))
-        console.print(f"[green]✓[/] {len(roots)} processes hold the same checkpoint, {root[:16]}…", highlight=False)
+        console.print(
+            f"[green]✓[/] {len(roots)} processes hold the same checkpoint, {root[:16]}…",
+            highlight=False,
+            soft_wrap=True,
+        )
     else:
-        console.print(f"[red]✗[/] the checkpoints differ: {roots}", highlight=False)
+        console.print(f"[red]✗[/] the checkpoints differ: {roots}", highlight=False, soft_wrap=True)
     console.print(
         f"{'[green]✓[/]' if not audits['inconclusive'] and not audits['unavailable'] else '[yellow]·[/]'} "
         f"{sum(audits.values())} of {result['contributions']} contributions replayed: {audits['accepted']} accepted "
         f"({comparisons['equal']} equal in every bit), {audits['rejected']} rejected, "
         f"{audits['inconclusive']} inconclusive, {audits['unavailable']} unavailable",
         highlight=False,
+        soft_wrap=True,
     )
     for entry in result["rejected"]:
-        console.print(f"  {entry['node']} in round {entry['round']}: {entry['reason']}", highlight=False)
+        console.print(
+            f"  {entry['node']} in round {entry['round']}: {entry['reason']}", highlight=False, soft_wrap=True
+        )
     sent = ", ".join(f"{name} {size(count)}" for name, count in result["bytes_sent"].items())
-    console.print(f"  sent: {sent}; {result['wall_s']:.0f} s in all", highlight=False)
+    console.print(f"  sent: {sent}; {result['wall_s']:.0f} s in all", highlight=False, soft_wrap=True)
 
 
 def size(count: int) -> str:

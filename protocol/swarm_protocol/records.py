@@ -108,7 +108,7 @@ class Appointment(Record):
     """The coordinator gives a key an office in the run."""
 
     kind: ClassVar[str] = "appointment"
-    role: Role
+    role: Annotated[Role, Strict(False)]
     key: Bytes32
 
 

@@ -10,7 +10,7 @@ import sqlite3
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from swarm_protocol.errors import ConfigurationError, EquivocationError
 from swarm_protocol.identity import Identity
@@ -32,13 +32,14 @@ class SigningLedger:
         self._identity = identity
         self._lock = threading.Lock()
         self._numbering = threading.Lock()
-        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(path, timeout=10, check_same_thread=False, isolation_level=None)
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")
             self._db.execute(_SCHEMA)
-        except sqlite3.DatabaseError as error:
+        except (OSError, sqlite3.DatabaseError) as error:
             raise ConfigurationError(f"the signing ledger {path} cannot be opened: {error}") from error
 
     def __enter__(self) -> Self:
@@ -56,11 +57,11 @@ class SigningLedger:
 
         Raises:
             EquivocationError: another record was signed under the same (run, kind, round, sequence).
+            ConfigurationError: the ledger cannot be used; no signature leaves.
         """
         envelope = Envelope.sign(self._identity, record)
         name = (self._identity.public_key, record.run, record.kind, record.round, record.sequence)
-        with self._lock:
-            self._db.execute("INSERT OR IGNORE INTO signed VALUES (?, ?, ?, ?, ?, ?)", (*name, envelope.encode()))
+        self._execute("INSERT OR IGNORE INTO signed VALUES (?, ?, ?, ?, ?, ?)", *name, envelope.encode())
         stored = self.find(record.run, record.kind, record.round, record.sequence)
         if stored is None or stored.body != record.body:
             raise EquivocationError(
@@ -76,21 +77,28 @@ class SigningLedger:
 
     def find(self, run: bytes, kind: str, round_number: int, sequence: int) -> Envelope | None:
         """What was signed under this name, if anything."""
-        with self._lock:
-            row = self._db.execute(
-                "SELECT envelope FROM signed WHERE key = ? AND run = ? AND kind = ? AND round = ? AND sequence = ?",
-                (self._identity.public_key, run, kind, round_number, sequence),
-            ).fetchone()
+        row = self._execute(
+            "SELECT envelope FROM signed WHERE key = ? AND run = ? AND kind = ? AND round = ? AND sequence = ?",
+            self._identity.public_key, run, kind, round_number, sequence,
+        )  # fmt: skip
         return None if row is None else Envelope.decode(row[0])
 
     def next_sequence(self, run: bytes, kind: str, round_number: int) -> int:
         """One more than the largest sequence signed so far for (run, kind, round)."""
-        with self._lock:
-            (largest,) = self._db.execute(
-                "SELECT max(sequence) FROM signed WHERE key = ? AND run = ? AND kind = ? AND round = ?",
-                (self._identity.public_key, run, kind, round_number),
-            ).fetchone()
-        return 0 if largest is None else int(largest) + 1
+        row = self._execute(
+            "SELECT max(sequence) FROM signed WHERE key = ? AND run = ? AND kind = ? AND round = ?",
+            self._identity.public_key, run, kind, round_number,
+        )  # fmt: skip
+        return 0 if row is None or row[0] is None else int(row[0]) + 1
+
+    def _execute(self, statement: str, *values: object) -> tuple[Any, ...] | None:
+        """The first row of the result, if there is one."""
+        try:
+            with self._lock:
+                row: tuple[Any, ...] | None = self._db.execute(statement, values).fetchone()
+                return row
+        except sqlite3.DatabaseError as error:
+            raise ConfigurationError(f"the signing ledger {self._path} cannot be used: {error}") from error
 
     def close(self) -> None:
         with self._lock:

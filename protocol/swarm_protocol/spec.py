@@ -202,11 +202,11 @@ class RunConfig(_Section):
         """
         where = str(source) if isinstance(source, Path) else "the run's TOML"
         try:
-            text = source.read_text() if isinstance(source, Path) else source
+            text = source.read_text(encoding="utf-8") if isinstance(source, Path) else source
             return cls.model_validate(tomllib.loads(text))
         except OSError as error:
             raise ConfigurationError(f"{where} cannot be read: {error.strerror}") from error
-        except tomllib.TOMLDecodeError as error:
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigurationError(f"{where} is not TOML: {error}") from error
         except ValidationError as error:
             raise ConfigurationError(explain(error, where)) from error

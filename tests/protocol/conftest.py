@@ -117,7 +117,7 @@ class Cast:
             fingerprint=self.fingerprint,
             train_loss=5.5,
         )
-        return Envelope.sign(self.holder(plan, slot), record.model_copy(update=changes))
+        return self.changed(self.holder(plan, slot), record, **changes)
 
     def part_record(self, plan: RoundPlan, closing: CommitmentSet, part: int, slot: int = 0) -> Envelope:
         record = PartRecord(
@@ -167,8 +167,9 @@ class Cast:
         record = Evaluation(run=self.run, round=round_number, root=root, loss=5.4, tokens=512)
         return Envelope.sign(self.worker, record)
 
-    def signed_by(self, signer: Identity, record: Record) -> Envelope:
-        return Envelope.sign(signer, record)
+    def changed(self, signer: Identity, record: Record, **changes: object) -> Envelope:
+        """The record with other fields; a copy would keep the old body."""
+        return Envelope.sign(signer, type(record)(**{**record.model_dump(), **changes}))
 
     def holder(self, plan: RoundPlan, slot: int) -> Identity:
         return next(node for node in self.nodes if node.public_key == plan.roster[slot].peer)

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from swarm_coordinator.db.archive import Archive
+from swarm_coordinator.db.tables import RoundRow
 from swarm_coordinator.entry import Entry
 from swarm_coordinator.journal import Journal
 from swarm_coordinator.rounds import Phase
@@ -58,14 +60,17 @@ class Coordinator:
         return [row.envelope for row in self.journal.read(lambda archive: archive.leaves(0, 10_000))]
 
     def plan(self) -> RoundPlan:
-        number = self.journal.state.round
-        return self.journal.read(lambda archive: archive.stored(RoundPlan, archive.round(number).plan))
+        return self.journal.read(lambda archive: archive.stored(RoundPlan, self.round_row(archive).plan))
 
     def closing(self) -> CommitmentSet:
-        number = self.journal.state.round
         return self.journal.read(
-            lambda archive: archive.stored(CommitmentSet, archive.round(number).commitment_set or b"")
+            lambda archive: archive.stored(CommitmentSet, self.round_row(archive).commitment_set or b"")
         )
+
+    def round_row(self, archive: Archive) -> RoundRow:
+        row = archive.round(self.journal.state.round)
+        assert row is not None
+        return row
 
 
 def play_round(coordinator: Coordinator, number: int) -> list[Envelope]:

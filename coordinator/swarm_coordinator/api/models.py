@@ -74,6 +74,7 @@ class AuditCounts(BaseModel):
     rejected: int
     inconclusive: int
     unavailable: int
+    moot: int = Field(description="drawn from somebody whose standing has ended; nobody looks any more")
     comparisons: Comparisons = Field(description="over all verdicts")
 
 
@@ -117,6 +118,7 @@ class OpenAudit(BaseModel):
     peer: Hex = Field(description="the node's key")
     commitment: Hex
     verdicts: int = Field(description="how many other auditors have given one")
+    turn: str = Field(description="the key of the auditor who should look next; others step in if it does not")
 
 
 class LogHead(BaseModel):

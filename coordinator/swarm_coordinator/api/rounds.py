@@ -10,11 +10,12 @@ from swarm_coordinator.api.access import CBOR, RoundNumber, TheRun, Wait, binary
 from swarm_coordinator.api.models import OpenAudit, RoundDetail
 from swarm_coordinator.api.problems import documented
 from swarm_coordinator.api.status import round_detail
+from swarm_coordinator.auditing import whose_turn
 from swarm_coordinator.db.archive import Archive
 from swarm_coordinator.rounds import Phase
 from swarm_protocol import encoding
 from swarm_protocol.errors import RefusedError
-from swarm_protocol.records import BeaconReveal, CommitmentSet, Envelope, PartRecord, encode_list
+from swarm_protocol.records import BeaconReveal, CommitmentSet, Envelope, PartRecord, Role, encode_list
 
 router = APIRouter(prefix="/v1/runs/{run_id}")
 
@@ -171,9 +172,15 @@ async def audits(
     wait_s: Wait = 0.0,
 ) -> list[OpenAudit]:
     def query(archive: Archive) -> list[OpenAudit] | None:
+        auditors = archive.offices(Role.AUDITOR)
         return [
             OpenAudit(
-                round=row.round, slot=row.slot, peer=row.peer.hex(), commitment=row.commitment.hex(), verdicts=count
+                round=row.round,
+                slot=row.slot,
+                peer=row.peer.hex(),
+                commitment=row.commitment.hex(),
+                verdicts=count,
+                turn=whose_turn(row.commitment, auditors, archive.verdicts(row.round, row.slot)).hex(),
             )
             for row, count in archive.open_audits(bytes.fromhex(auditor))
         ] or None

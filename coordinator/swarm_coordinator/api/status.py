@@ -18,7 +18,7 @@ from swarm_coordinator.api.models import (
     VerdictDetail,
 )
 from swarm_coordinator.db.archive import Archive, opened
-from swarm_coordinator.db.tables import RoundRow
+from swarm_coordinator.db.tables import MOOT, RoundRow
 from swarm_coordinator.rounds import State
 from swarm_protocol import encoding
 from swarm_protocol.identity import peer_id
@@ -163,6 +163,7 @@ def _audits(archive: Archive) -> AuditCounts:
         rejected=outcomes.get(Outcome.REJECTED, 0),
         inconclusive=outcomes.get(Outcome.INCONCLUSIVE, 0),
         unavailable=outcomes.get(Outcome.UNAVAILABLE, 0),
+        moot=outcomes.get(MOOT, 0),
         comparisons=Comparisons(
             equal=comparisons.get(Comparison.EQUAL, 0),
             different=comparisons.get(Comparison.DIFFERENT, 0),

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeVar
 
-from sqlalchemy import func, select
+from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
-from swarm_coordinator.db.tables import AuditRow, NodeRow, OfficeRow, RecordRow, RoundRow, VerdictRow
+from swarm_coordinator.db.tables import MOOT, AuditRow, NodeRow, OfficeRow, RecordRow, RoundRow, VerdictRow
 from swarm_protocol.records import Envelope, Outcome, Record, Role, parse
 
 R = TypeVar("R", bound=Record)
@@ -89,7 +89,16 @@ class Archive:
     def pending_audits(self) -> dict[bytes, int]:
         """How many audits without an outcome each node has, by its key."""
         query = select(AuditRow.peer, func.count()).where(AuditRow.run == self.run, AuditRow.outcome.is_(None))
-        return {peer: count for peer, count in self.session.execute(query.group_by(AuditRow.peer))}
+        return dict(self.session.execute(query.group_by(AuditRow.peer)).all())
+
+    def drop_audits(self, peer: bytes) -> None:
+        """Close a node's audits that have no outcome yet: its standing has ended."""
+        query = update(AuditRow).where(AuditRow.run == self.run, AuditRow.peer == peer, AuditRow.outcome.is_(None))
+        self.session.execute(query.values(outcome=MOOT, reason="the node's standing had ended"))
+
+    def offices(self, role: Role) -> list[bytes]:
+        """The keys that hold an office."""
+        return list(self.session.scalars(select(OfficeRow.key).filter_by(run=self.run, role=role.value)))
 
     def open_audits(self, auditor: bytes) -> list[tuple[AuditRow, int]]:
         """Audits without an outcome that this auditor has not voted on, oldest first, with how many others have."""

@@ -123,8 +123,12 @@ class RoundRow(Base):
     beacon: Mapped[bytes | None] = mapped_column(default=None)
 
 
+MOOT = "moot"
+"""The outcome of an audit of somebody whose standing has ended: nothing depends on it any more, and nobody looks."""
+
+
 class AuditRow(Base):
-    """A contribution that was drawn. `outcome` is None while auditors are at it."""
+    """A contribution that was drawn. `outcome` is None while auditors are at it; else a verdict's, or `MOOT`."""
 
     __tablename__ = "audits"
 

@@ -16,10 +16,6 @@ import numpy as np
 import numpy.typing as npt
 
 from swarm_protocol.exact import rule
-from swarm_protocol.exact.rule import StepScalars
-from swarm_protocol.model.llama import parameter_shapes
-from swarm_protocol.optimizers import moment_sizes
-from swarm_protocol.spec import ModelSpec, RunSpec
 from swarm_protocol.training import NonFiniteError
 
 Float32 = npt.NDArray[np.float32]

@@ -150,13 +150,8 @@ def _heads(model: ModelSpec, qkv: Float32, positions: int, limbs: int) -> list[A
             q = np.concatenate([rotate(rows[:, at], cos, sin) for at in queries])
             k, v = rotate(rows[:, key], cos, sin), np.ascontiguousarray(rows[:, value].T)
             scale = rule.attention_scale(model)
-            found.append(Attention(operand(q, limbs), operand(k, limbs), _transposed(operand(v, limbs)), scale, limbs))
+            found.append(Attention(operand(q, limbs), operand(k, limbs), operand(v, limbs), scale, limbs))
     return found
-
-
-def _transposed(a: Operand) -> Operand:
-    """Kept as [H, S] with one exponent per element of the head."""
-    return a
 
 
 def _merge(model: ModelSpec, heads: list[Float32], positions: int) -> Float32:

@@ -80,8 +80,10 @@ def advance(spec: RunSpec, checkpoint: Checkpoint, averages: Sequence[bytes | No
     """The next checkpoint, from one encoded average per part; None, or one that is not sound, is a zero pseudo-gradient.
 
     Raises:
-        InvalidDataError: the result is not finite.
+        InvalidDataError: another number of parts than this run has, or the result is not finite.
     """
+    if len(averages) != parts.part_count(spec):
+        raise InvalidDataError(f"{len(averages)} averages where this run has {parts.part_count(spec)} parts")
     decoded: list[F32 | None] = []
     for part, data in enumerate(averages):
         try:

@@ -25,6 +25,7 @@ from swarm_protocol.errors import (
     RefusedError,
     UnreachableError,
 )
+from swarm_protocol.parts import part_count
 from swarm_protocol.records import (
     MAX_RECORD_BYTES,
     BeaconReveal,
@@ -88,15 +89,20 @@ class CoordinatorClient:
         if "://" not in url:
             url = f"http://{url}"
         root, _, wanted = url.partition("/v1/runs/")
-        http = httpx.AsyncClient(timeout=httpx.Timeout(timeout_s), limits=httpx.Limits(max_connections=16))
+        # Answers are bounded as they come, so nobody may compress them on the way.
+        http = httpx.AsyncClient(limits=httpx.Limits(max_connections=16), headers={"accept-encoding": "identity"})
         try:
             if not wanted:
-                runs = (await _request(http, "GET", f"{root}/v1/runs", MAX_JSON_BYTES)).json()
-                if not isinstance(runs, list) or len(runs) != 1:
-                    names = ", ".join(str(run.get("run_id")) for run in runs) if isinstance(runs, list) else "none"
+                runs = _json(await _request(http, "GET", f"{root}/v1/runs", MAX_JSON_BYTES, timeout_s=timeout_s))
+                found = (
+                    [str(run.get("run_id")) for run in runs if isinstance(run, dict)] if isinstance(runs, list) else []
+                )
+                if len(found) != 1:
+                    names = ", ".join(found) or "none"
                     raise ConfigurationError(f"say which run: {root}/v1/runs/RUN_ID, with one of: {names}")
-                wanted = str(runs[0]["run_id"])
-            raw = (await _request(http, "GET", f"{root}/v1/runs/{wanted}/spec", MAX_SPEC_BYTES)).content
+                wanted = found[0]
+            url = f"{root}/v1/runs/{wanted}/spec"
+            raw = (await _request(http, "GET", url, MAX_SPEC_BYTES, timeout_s=timeout_s)).content
             spec = RunSpec.decode(raw)
             if spec.run_id.hex() != wanted:
                 raise HashMismatchError("the coordinator serves a spec that does not hash to the run id")
@@ -124,7 +130,7 @@ class CoordinatorClient:
         if self._token:
             headers["authorization"] = f"Bearer {self._token}"
         response = await self._call("POST", "/records", MAX_JSON_BYTES, content=envelope.encode(), headers=headers)
-        receipt = response.json()
+        receipt = _json(response)
         if not isinstance(receipt, dict):
             raise InvalidDataError("the coordinator's receipt is not an object")
         return receipt
@@ -160,6 +166,8 @@ class CoordinatorClient:
             commitment = envelope.open_as(Commitment, run=self.spec.run_id, round=plan.round, key=holder)
             if commitment.hash != entry.hash or commitment.slot != entry.slot:
                 raise InvalidDataError("a commitment that the set does not name")
+            if commitment.plan != plan.hash or entry.slot in by_slot:
+                raise InvalidDataError(f"the commitment of slot {entry.slot} is for another plan, or named twice")
             by_slot[entry.slot] = commitment
         return Commitments(closing, by_slot)
 
@@ -192,6 +200,10 @@ class CoordinatorClient:
         manifest = first.open_as(RoundManifest, run=self.spec.run_id, round=plan.round, key=self._owner)
         if manifest.plan != plan.hash or manifest.base != plan.base:
             raise InvalidDataError("the manifest does not belong to the plan")
+        if len(manifest.parts) != part_count(self.spec):
+            raise InvalidDataError(
+                f"a manifest of {len(manifest.parts)} parts where the run has {part_count(self.spec)}"
+            )
         reducers = {seat.peer for seat in plan.roster if seat.reducer}
         found: dict[bytes, tuple[PartRecord, bytes]] = {}
         for envelope in rest:
@@ -215,7 +227,7 @@ class CoordinatorClient:
 
     async def status(self) -> dict[str, Any]:
         """The run as JSON (see the API's `RunStatus`)."""
-        status = (await self._call("GET", "", MAX_JSON_BYTES)).json()
+        status = _json(await self._call("GET", "", MAX_JSON_BYTES))
         if not isinstance(status, dict):
             raise InvalidDataError("the coordinator's status is not an object")
         return status
@@ -229,13 +241,16 @@ class CoordinatorClient:
             timeout_s=wait_s + TIMEOUT_S,
             params={"auditor": auditor.hex(), "wait_s": wait_s},
         )
-        audits = response.json()
+        audits = _json(response)
         return audits if isinstance(audits, list) else []
 
     async def latest_checkpoint(self) -> tuple[int, bytes]:
         """The newest sealed checkpoint: the round that starts from it, and its root."""
-        value = (await self._call("GET", "/checkpoints/latest", MAX_JSON_BYTES)).json()
-        return int(value["round"]), bytes.fromhex(value["root"])
+        value = _json(await self._call("GET", "/checkpoints/latest", MAX_JSON_BYTES))
+        try:
+            return int(value["round"]), bytes.fromhex(value["root"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise InvalidDataError("the coordinator's latest checkpoint is not a round and a root") from error
 
     async def state_manifest(self, root: bytes) -> StateManifest:
         """The chunk hashes of a checkpoint, checked against its root."""
@@ -287,6 +302,9 @@ async def _request(
     except httpx.InvalidURL as error:
         raise ConfigurationError(f"{url} is not a URL: {error}") from error
     whole = httpx.Response(response.status_code, headers=_plain(response.headers), content=bytes(content))
+    if whole.is_redirect:
+        elsewhere = response.headers.get("location", "another address")
+        raise UnreachableError(f"{http_root(url)} sends us on to {elsewhere:.200}; give that address instead")
     if whole.status_code >= 500:
         raise UnreachableError(f"the coordinator at {http_root(url)} has a fault (HTTP {whole.status_code})")
     if whole.status_code >= 400:
@@ -296,6 +314,13 @@ async def _request(
 
 def _plain(headers: httpx.Headers) -> dict[str, str]:
     return {key: value for key, value in headers.items() if key.lower() in ("content-type", "etag")}
+
+
+def _json(response: httpx.Response) -> Any:
+    try:
+        return response.json()
+    except ValueError as error:
+        raise InvalidDataError("the answer is not JSON; is the URL that of a coordinator?") from error
 
 
 def _refusal(response: httpx.Response) -> RefusedError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -27,7 +28,8 @@ def write_atomic(path: Path, *buffers: Any, mode: int = 0o644, durable: bool = T
                 os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise ConfigurationError(
             f"{path} cannot be written: {error.strerror}. Free some space or choose another folder"
         ) from error

@@ -157,7 +157,7 @@ def test_a_round_goes_through_from_registration_to_verdicts(make_cast: MakeCast)
         status = (await api.get("")).json()
         assert (status["round"], status["phase"]) == (1, "assembling")
         assert status["audits"] == {
-            "drawn": 2, "pending": 0, "accepted": 2, "rejected": 0, "inconclusive": 0, "unavailable": 0,
+            "drawn": 2, "pending": 0, "accepted": 2, "rejected": 0, "inconclusive": 0, "unavailable": 0, "moot": 0,
             "comparisons": {"equal": 2, "different": 0, "within": 0, "outside": 0},
         }  # fmt: skip
         assert [node["contributions"] for node in status["nodes"]] == [1, 1]
@@ -405,6 +405,29 @@ def test_a_rejection_takes_two_auditors_and_is_shown_with_its_reason(make_cast: 
         ended = [node for node in status["nodes"] if node["standing"] == "ended"]
         assert [node["peer"] for node in ended] == [cast.holder(plan, 0).peer_id]
         await api.refuse(cast.ready(cast.holder(plan, 0), 1, b"r" * 32), 403, "standing-ended")
+
+    play(cast, script)
+
+
+def test_what_else_was_drawn_from_a_rejected_node_is_moot(make_cast: MakeCast) -> None:
+    cast = make_cast()
+
+    async def script(api: Api) -> None:
+        first, commitments = await api.to_audits()
+        await api.accept(*(cast.ready(node, 1, b"r" * 32) for node in cast.nodes))
+        plan = await api.plan(1)
+        await api.accept(*(cast.commitment(plan, slot) for slot in range(2)))
+        cast.now_ms += 60_000
+        await api.service.tick()
+        await api.accept(cast.report(plan, (None, None), b"s" * 32))
+        await api.accept(cast.opening(plan, 0), cast.opening(plan, 1))
+        await api.accept(*(cast.verdict(auditor, commitments[0], Outcome.REJECTED) for auditor in cast.auditors))
+        cheater = cast.holder(first, 0).public_key.hex()
+        wanted = (await api.get(f"/audits?auditor={cast.auditors[0].public_key.hex()}")).json()
+        assert [audit["round"] for audit in wanted] == [0, 1]
+        assert all(audit["peer"] != cheater for audit in wanted)
+        assert [slot["audit"] for slot in (await api.get("/rounds/1")).json()["roster"]] == ["moot", "pending"]
+        assert (await api.get("")).json()["audits"]["moot"] == 1
 
     play(cast, script)
 

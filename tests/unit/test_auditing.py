@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from swarm_coordinator.auditing import resolve, standing_ends
+from swarm_coordinator.auditing import resolve, standing_ends, whose_turn
 from swarm_protocol.records import Outcome
 from swarm_protocol.spec import AuditSpec
 
@@ -49,3 +49,13 @@ def test_a_reject_ends_the_standing() -> None:
 def test_missing_evidence_ends_the_standing_only_at_the_specs_number() -> None:
     assert standing_ends(0, 2, AuditSpec(max_unavailable=3)) is None
     assert "unavailable" in (standing_ends(0, 3, AuditSpec(max_unavailable=3)) or "")
+
+
+def test_auditors_take_turns_and_each_looks_once() -> None:
+    auditors = [bytes([number]) * 32 for number in range(3)]
+    voted: list[bytes] = []
+    while turn := whose_turn(b"c" * 32, auditors, voted):
+        voted.append(turn)
+    assert sorted(voted) == auditors
+    firsts = {whose_turn(bytes([number]) * 32, auditors, []) for number in range(30)}
+    assert firsts == set(auditors)

@@ -242,7 +242,7 @@ def test_a_spec_of_a_newer_protocol_can_be_read_and_told_apart() -> None:
         ("[training]\nmicro_sequences = 3", "training", "multiple of micro_sequences"),
         ("[training]\nsteps = 0", "training.steps", "greater than or equal to 1"),
         ("[training.optimizer]\nname = 'sgd'", "training.optimizer.name", "'muon' or 'adamw'"),
-        ("[training.optimizer]\neps = 1e-9", "training.optimizer.eps", "greater than or equal to 1e-08"),
+        ("[training.optimizer]\neps = 1e-9", "training.optimizer.eps", "greater than or equal to 0.00000001"),
         ("[training.optimizer]\nbeta2 = 1.0", "training.optimizer.beta2", "less than 1"),
         ("[training.optimizer]\nlr = nan", "training.optimizer.lr", "finite number"),
         ("[training.optimizer]\nlr = inf", "training.optimizer.lr", "finite number"),

@@ -135,7 +135,7 @@ class SlotDetail(BaseModel):
     reducer: bool
     commitment: Hex | None
     train_loss: float | None = Field(description="what the node claims, nats per token")
-    audit: Outcome | Literal["pending"] | None = Field(description="null if it was not drawn")
+    audit: Outcome | Literal["pending", "moot"] | None = Field(description="null if it was not drawn")
 
 
 class PartRecordDetail(BaseModel):

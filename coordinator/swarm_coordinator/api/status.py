@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from swarm_coordinator.api.models import (
     AuditCounts,
     CheckpointName,
@@ -18,7 +20,7 @@ from swarm_coordinator.api.models import (
     VerdictDetail,
 )
 from swarm_coordinator.db.archive import Archive, opened
-from swarm_coordinator.db.tables import MOOT, RoundRow
+from swarm_coordinator.db.tables import MOOT, AuditRow, RoundRow
 from swarm_coordinator.rounds import State
 from swarm_protocol import encoding
 from swarm_protocol.identity import peer_id
@@ -204,10 +206,16 @@ def _roster(archive: Archive, row: RoundRow, plan: RoundPlan) -> list[SlotDetail
                 reducer=seat.reducer,
                 commitment=None if commitment is None else commitment.hash.hex(),
                 train_loss=None if commitment is None else commitment.train_loss,
-                audit=None if audit is None else "pending" if audit.outcome is None else Outcome(audit.outcome),
+                audit=None if audit is None else _audit_outcome(audit),
             )
         )
     return slots
+
+
+def _audit_outcome(audit: AuditRow) -> Outcome | Literal["pending", "moot"]:
+    if audit.outcome is None:
+        return "pending"
+    return "moot" if audit.outcome == MOOT else Outcome(audit.outcome)
 
 
 def _part_records(archive: Archive, row: RoundRow) -> list[PartRecordDetail]:

@@ -126,6 +126,11 @@ def f32(value: float) -> float:
     return float(np.float32(value))
 
 
+def reciprocal(n: int) -> float:
+    """1 / n in float32."""
+    return float(np.float32(1.0) / np.float32(n))
+
+
 def attention_scale(model: ModelSpec) -> float:
     """1 / sqrt(head size), two float32 operations."""
     return float(np.float32(1.0) / np.sqrt(np.float32(model.head_dim)))

@@ -132,6 +132,8 @@ def main() -> None:
     except SwarmError as error:
         sys.stderr.write(f"swarm-coordinator: {error}\n")
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -104,6 +104,8 @@ def main() -> None:
     except SwarmError as error:
         sys.stderr.write(f"swarm-node: {error}\n")
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

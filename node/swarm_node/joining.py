@@ -53,10 +53,17 @@ def join(options: Options) -> None:
 
 
 async def _join(options: Options, folder: DataFolder, ledger: SigningLedger) -> None:
+    said: set[str] = set()
+
+    def waiting(reason: str) -> None:
+        if reason not in said:
+            said.add(reason)
+            say(f"{reason}; trying again")
+
     client = await persist(
         lambda: CoordinatorClient.connect(options.url, token=options.token),
         deadline_s=START_PATIENCE_S,
-        waiting=lambda reason: say(f"{reason}; trying again"),
+        waiting=waiting,
     )
     async with client:
         trust(folder, client.url, client.spec.coordinator, options.trust, say)
@@ -70,7 +77,11 @@ async def _join(options: Options, folder: DataFolder, ledger: SigningLedger) -> 
         device = choose_device(options.device)
         threads = options.threads or len(os.sched_getaffinity(0))
         training.configure(threads)
-        plane = await PeerPlane.start(folder.identity, client.spec.run_id, initial_peers=bootstrap)
+        plane = await persist(
+            lambda: PeerPlane.start(folder.identity, client.spec.run_id, initial_peers=bootstrap),
+            deadline_s=START_PATIENCE_S,
+            waiting=waiting,
+        )
         try:
             volunteer = Volunteer(
                 client,

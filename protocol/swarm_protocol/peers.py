@@ -127,6 +127,8 @@ class PeerPlane:
                 timeout_s + 5,
             )
         except (OSError, TimeoutError, hivemind.p2p.P2PDaemonError) as error:
+            if "bootstrap peers" in str(error):
+                raise UnreachableError(f"no peer of the run answers on {', '.join(initial_peers)}") from error
             raise ConfigurationError(
                 f"the peer daemon does not start ({error or 'it did not answer'}). Check that the ports {list(listen)} are"
                 f" free, that {_daemon_path(hivemind)} may be executed, that there is memory left, and that no other"

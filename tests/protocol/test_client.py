@@ -367,6 +367,18 @@ def test_the_manifest_of_a_checkpoint_has_its_root_and_the_models_size(server: F
             connected(server, lambda client: client.state_manifest(state.root))
 
 
+def test_a_long_poll_says_how_long_it_waits(server: FakeCoordinator) -> None:
+    server.answers("/rounds/4/plan", status=204)
+    server.answers("/rounds/4/part-records", status=204)
+
+    async def both(client: CoordinatorClient) -> list[object]:
+        return [await client.plan(4, wait_s=1.5), await client.part_records(4, after=3, wait_s=2.5)]
+
+    assert connected(server, both) == [None, None]
+    assert server.asked[-2].endswith("/plan?wait_s=1.5")
+    assert server.asked[-1].endswith("/part-records?wait_s=2.5&after=3")
+
+
 # Patience
 
 

@@ -259,9 +259,10 @@ class Decoder:
         count, _, rows, size = heads.q.shape
         positions = self._positions
         d_qkv = scratch.floats("d_qkv", len(out), self._model.hidden_size + 2 * self._model.num_key_value_heads * size)
-        by_rows, by_columns = (scratch.limbs(f"d_attended {by}", limbs, rows, size) for by in ("rows", "columns"))
-        by_columns_e, scores_columns_e = scratch.int32("columns", size), scratch.int32("columns", positions)
-        scores_rows, scores_columns = (scratch.limbs(f"scores {by}", limbs, rows, positions) for by in ("rows", "columns"))
+        by_rows, scores_rows = scratch.limbs("out rows", limbs, rows, size), scratch.limbs("scores rows", limbs, rows, positions)
+        by_columns, by_columns_e = scratch.int8("out columns", limbs, rows, size), scratch.int32("out columns", size)
+        scores_columns = scratch.int8("scores columns", limbs, rows, positions)
+        scores_columns_e = scratch.int32("scores columns", positions)
         correction, zeros = scratch.floats("correction", rows), scratch.int32("zeros", positions)
         d_q, d_k, d_v = (
             scratch.floats(f"d_{name}", length, size) for name, length in (("q", rows), ("k", positions), ("v", positions))
@@ -278,12 +279,12 @@ class Decoder:
                 r,
                 by_rows.planes,
                 by_rows.e,
-                by_columns.planes,
+                by_columns,
                 by_columns_e,
                 correction,
                 self._status,
             )
-            products(weights.mT, zeros, by_columns.planes, by_columns_e, d_v)
+            products(weights.mT, zeros, by_columns, by_columns_e, d_v)
             passes.softmax_gradient_limbs(
                 products.integers(by_rows.planes, heads.v[c].mT),
                 by_rows.e,
@@ -295,12 +296,12 @@ class Decoder:
                 k_e,
                 scores_rows.planes,
                 scores_rows.e,
-                scores_columns.planes,
+                scores_columns,
                 scores_columns_e,
                 self._status,
             )
             products(scores_rows.planes, scores_rows.e, k, None, d_q)
-            products(scores_columns.planes.mT, scores_columns_e, q, None, d_k)
+            products(scores_columns.mT, scores_columns_e, q, None, d_k)
             passes.place_gradients(d_q, d_k, d_v, self._cos, self._sin, head, d_qkv[at])
         return d_qkv
 

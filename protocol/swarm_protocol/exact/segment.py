@@ -1,0 +1,151 @@
+"""The inner loop in exact arithmetic: what `training.run_segment` is for native numerics, and the same bits everywhere.
+
+A `Trainer` picks its backend by a measurement when it is made, and refuses to work on a machine that does not pass the
+self-test. Memory beside what native training needs: two bytes per parameter for the weights' limbs, and for activations
+about as much as native keeps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from swarm_protocol.errors import InvalidDataError
+from swarm_protocol.exact import rule
+from swarm_protocol.exact.backend import Backend, choose
+from swarm_protocol.exact.decoder import Decoder
+from swarm_protocol.exact.optimizer import Optimizer
+from swarm_protocol.exact.products import Products, Scratch
+from swarm_protocol.model import llama
+from swarm_protocol.optimizers import moment_sizes
+from swarm_protocol.spec import RunSpec
+from swarm_protocol.training import NonFiniteError, Tokens, TrainingCancelledError, TrainState, deterministic
+
+
+class Trainer:
+    """Holds buffers, so that the segments of a run share them. No result depends on it, nor on the backend."""
+
+    def __init__(
+        self,
+        spec: RunSpec,
+        *,
+        device: str = "cpu",
+        limbs: int = 2,
+        grain_sequences: int | None = None,
+        micro_sequences: int | None = None,
+        backend: Backend | None = None,
+    ) -> None:
+        self._spec, self._device = spec, torch.device(device)
+        grain = grain_sequences or rule.default_grain(spec.model)
+        wanted = micro_sequences or spec.training.micro_sequences
+        self._micro = max(grain, wanted // grain * grain)
+        backend = backend or choose(device)
+        scratch, size = Scratch(self._device), llama.num_parameters(spec.model)
+        self._parameters, self._gradients = (torch.zeros(size, device=self._device) for _ in range(2))
+        self._moments = torch.zeros(sum(moment_sizes(spec.model, spec.training.optimizer)), device=self._device)
+        self._status = torch.zeros(1, dtype=torch.int32, device=self._device)
+        products = Products(backend.passes, backend.multiply, limbs, scratch)
+        self._decoder = Decoder(
+            spec.model,
+            self._parameters,
+            self._gradients,
+            products,
+            backend.passes,
+            scratch,
+            self._status,
+            limbs=limbs,
+            grain_sequences=grain,
+        )
+        self._optimizer = Optimizer(
+            spec.model,
+            spec.training.optimizer,
+            self._parameters,
+            self._gradients,
+            self._moments,
+            products,
+            backend.passes,
+            scratch,
+            self._status,
+            limbs=limbs,
+        )
+
+    def run(
+        self,
+        state: TrainState,
+        batch: Callable[[int], Tokens],
+        stop: int,
+        *,
+        on_step: Callable[[int, float], None] | None = None,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> TrainState:
+        """See `run_segment`."""
+        if stop < state.step:
+            raise ValueError(f"a segment from step {state.step} cannot stop at step {stop}")
+        state.check(self._spec)
+        with deterministic(), torch.no_grad():
+            self._parameters.copy_(_tensor(state.parameters))
+            self._moments.copy_(_tensor(state.moments))
+            for step in range(state.step, stop):
+                if cancelled is not None and cancelled():
+                    raise TrainingCancelledError(f"stopped before step {step}")
+                loss = self._step(step, batch(step))
+                if on_step is not None:
+                    on_step(step, loss)
+            parameters, moments = (np.array(x.cpu().numpy()) for x in (self._parameters, self._moments))
+        if not (np.isfinite(parameters).all() and np.isfinite(moments).all()):
+            raise NonFiniteError(f"a parameter or moment is not finite after step {stop - 1}; lower the learning rate")
+        return TrainState(stop, parameters, moments)
+
+    def _step(self, step: int, batch: Tokens) -> float:
+        model, training = self._spec.model, self._spec.training
+        expected = (training.batch_sequences, model.max_position_embeddings + 1)
+        if batch.shape != expected:
+            raise InvalidDataError(f"a batch of {batch.shape} tokens where this run's are {expected}")
+        if not 0 <= int(batch.min()) <= int(batch.max()) < model.vocab_size:
+            raise InvalidDataError(f"a token is outside this model's vocabulary of {model.vocab_size}")
+        self._status.zero_()
+        self._decoder.load()
+        total, tokens = np.float32(0), _tensor(batch).to(self._device)
+        divisor = training.batch_sequences * model.max_position_embeddings
+        for index, micro in enumerate(torch.split(tokens, self._micro)):
+            for share in self._decoder.backward(micro, divisor, first=index == 0):
+                total = np.float32(total + share)
+        self._decoder.finish()
+        if not math.isfinite(total):
+            raise NonFiniteError(f"the loss of step {step} is {total}; a lower learning rate may help")
+        self._optimizer.step(step)
+        if int(self._status) > rule.HIGHEST_EXPONENT:
+            raise NonFiniteError(f"a value of step {step} left the range below 2^100; a lower learning rate may help")
+        return float(total)
+
+
+def run_segment(
+    spec: RunSpec,
+    state: TrainState,
+    batch: Callable[[int], Tokens],
+    stop: int,
+    *,
+    device: str = "cpu",
+    on_step: Callable[[int, float], None] | None = None,
+    cancelled: Callable[[], bool] | None = None,
+) -> TrainState:
+    """The inner steps from `state.step` to `stop`, bit-identical on every machine, thread count and micro-batch.
+
+    Args:
+        batch: tokens of a step of the round, int64 [batch_sequences, max_position_embeddings + 1].
+        on_step: told the step and its mean training loss in nats per token.
+        cancelled: asked before every step.
+
+    Raises:
+        NonFiniteError, TrainingCancelledError
+        InvalidDataError: the state or a batch does not fit the spec.
+        UnsupportedPlatformError: this machine's arithmetic did not pass the self-test.
+    """
+    return Trainer(spec, device=device).run(state, batch, stop, on_step=on_step, cancelled=cancelled)
+
+
+def _tensor(array: np.ndarray) -> torch.Tensor:  # type: ignore[type-arg]
+    return torch.from_numpy(np.require(array, requirements=["C", "W"]))

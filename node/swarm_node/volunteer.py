@@ -27,7 +27,7 @@ from swarm_protocol.client import Commitments, CoordinatorClient, SealedRound, p
 from swarm_protocol.errors import InvalidDataError, RefusedError, SwarmError, UnreachableError
 from swarm_protocol.fingerprint import fingerprint_hash, runtime_fingerprint
 from swarm_protocol.peers import ADDRESS_TTL_S, PeerPlane
-from swarm_protocol.records import Addresses, NonceOpening, Ready, Record, Registration, RoundPlan
+from swarm_protocol.records import Addresses, Commitment, Envelope, NonceOpening, Ready, Record, Registration, RoundPlan
 from swarm_protocol.signing import SigningLedger
 from swarm_protocol.training import NonFiniteError, TrainingCancelledError
 
@@ -40,7 +40,7 @@ T = TypeVar("T")
 
 
 @dataclass
-class Progressing:
+class Activity:
     """What the node is doing, as `status.json` shows it."""
 
     name: str
@@ -91,7 +91,8 @@ class Volunteer:
         self._bootstrap: list[str] = []
         self._tokens_per_s = 1000.0
         self._background: set[asyncio.Task[None]] = set()
-        self.progress = Progressing(name, ledger.identity.peer_id, client.spec.run_id.hex())
+        self._last_round: int | None = None
+        self.progress = Activity(name, ledger.identity.peer_id, client.spec.run_id.hex())
 
     def finish(self) -> None:
         """Take no new work; `run` returns once the current contribution is complete."""
@@ -267,19 +268,27 @@ class Volunteer:
         """Train our slot, unless a finished contribution is on disk, and commit to it; None if it came too late."""
         work = self._run_folder.work(plan.round)
         mine = await asyncio.to_thread(contributions.load, self._spec, work, plan.hash)
+        signed = self._ledger.find(self._spec.run_id, Commitment.kind, plan.round, 0)
+        if mine is None and signed is not None:
+            self._say(f"Round {plan.round}: we committed to work that is no longer on this disk; sitting it out.")
+            return None
         if mine is None:
             mine = await self._train(plan, slot, checkpoint, shards, closing)
             if mine is None:
                 return None
         self._evidence.add(plan.round, mine)
         try:
-            await self._sign_and_post(mine.commitment(self._spec, plan, fingerprint_hash(self._fingerprint)))
+            if signed is None:
+                commitment = mine.commitment(self._spec, plan, fingerprint_hash(self._fingerprint))
+                signed = await asyncio.to_thread(self._ledger.sign, commitment)
+            await self._post(signed)
         except RefusedError as error:
             if error.status == 403:
                 raise
             self._say(f"Round {plan.round}: the commitment came too late ({error}).")
             return None
         self.progress.contributions += 1
+        self._last_round = plan.round
         self._say(f"Round {plan.round}: slot {slot} committed, training loss {mine.loss:.3f}.")
         return mine
 
@@ -366,27 +375,29 @@ class Volunteer:
     async def _serve_out(self) -> None:
         """Serve evidence until our open audits have their verdict, or the time that the spec gives for evidence is over."""
         await asyncio.gather(*self._background, return_exceptions=True)
-        end = time.monotonic() + self._spec.audit.evidence_s
-        while time.monotonic() < end:
-            try:
-                status = await self._client.status()
-            except SwarmError:
-                return
-            mine = [node for node in status["nodes"] if node["peer"] == self.progress.peer]
-            drawn = status["phase"] in ("assembling", "finished") or not self.progress.contributions
-            if drawn and not any(node["pending_audits"] for node in mine):
-                return
-            self._tell("serving evidence to auditors")
-            await asyncio.sleep(0.5)
+        if self._last_round is None:
+            return
+        self._tell("serving evidence to auditors")
+        with contextlib.suppress(TimeoutError, SwarmError):
+            async with asyncio.timeout(self._spec.audit.evidence_s):
+                while await self._client.beacon(self._last_round, wait_s=POLL_S) is None:
+                    pass
+                while await self._audits_pending():  # noqa: ASYNC110  # the event is at the coordinator
+                    await asyncio.sleep(0.5)
+
+    async def _audits_pending(self) -> bool:
+        nodes = (await self._client.status())["nodes"]
+        return any(node["peer"] == self.progress.peer and node["pending_audits"] for node in nodes)
 
     # Small things
 
     async def _sign_and_post(self, record: Record) -> None:
-        envelope = await asyncio.to_thread(self._ledger.sign, record)
-        await self._patiently(lambda: self._client.post(envelope))
+        await self._post(await asyncio.to_thread(self._ledger.sign, record))
 
     async def _sign_next_and_post(self, make: Callable[[int], Record]) -> None:
-        envelope = await asyncio.to_thread(self._ledger.sign_next, make)
+        await self._post(await asyncio.to_thread(self._ledger.sign_next, make))
+
+    async def _post(self, envelope: Envelope) -> None:
         await self._patiently(lambda: self._client.post(envelope))
 
     async def _patiently(self, attempt: Callable[[], Awaitable[T]]) -> T:

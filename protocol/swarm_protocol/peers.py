@@ -40,8 +40,17 @@ PROTOCOL = "/swarm-node/call/1"
 MAX_HEADER_BYTES = 1 << 16
 WRITE_BYTES = 1 << 18
 ADDRESS_TTL_S = 600.0
+LINGER_S = 2.0
 
 Header = Mapping[str, encoding.Value]
+
+
+@dataclass
+class Traffic:
+    """Bytes of calls in both directions, headers included, without what the transport adds."""
+
+    sent: int = 0
+    received: int = 0
 
 
 @dataclass
@@ -52,6 +61,7 @@ class Call:
     header: dict[str, Any]
     size_bytes: int
     _reader: asyncio.StreamReader
+    _traffic: Traffic
 
     async def body(self, max_bytes: int) -> bytes:
         """Read the body.
@@ -61,7 +71,9 @@ class Call:
         """
         if self.size_bytes > max_bytes:
             raise RefusedError(f"a body of {self.size_bytes} bytes where at most {max_bytes} are allowed")
-        return await self._reader.readexactly(self.size_bytes)
+        content = await self._reader.readexactly(self.size_bytes)
+        self._traffic.received += self.size_bytes
+        return content
 
 
 @dataclass(frozen=True)
@@ -71,14 +83,6 @@ class Answer:
 
 
 Handler = Callable[[Call], Awaitable[Answer]]
-
-
-@dataclass
-class Traffic:
-    """Bytes of calls in both directions, headers included, without what the transport adds."""
-
-    sent: int = 0
-    received: int = 0
 
 
 class PeerPlane:
@@ -127,6 +131,8 @@ class PeerPlane:
                 timeout_s + 5,
             )
         except (OSError, TimeoutError, hivemind.p2p.P2PDaemonError) as error:
+            if initial_peers and "bootstrap peers" in str(error):
+                raise UnreachableError(f"no peer of the run answers on {', '.join(initial_peers)}") from error
             if "bootstrap peers" in str(error):
                 raise UnreachableError(f"no peer of the run answers on {', '.join(initial_peers)}") from error
             raise ConfigurationError(
@@ -180,6 +186,8 @@ class PeerPlane:
                 header, size = await self._receive_header(reader)
                 answer = await self._dispatch(bytes(info.peer_id.to_bytes())[-32:], header, size, reader)
                 await self._send(writer, answer.header, answer.body)
+                if size and "refused" in answer.header:
+                    await _hear_out(reader)
         except (OSError, EOFError, TimeoutError, EncodingError) as error:
             log.debug("a call broke off: %s", error)
         finally:
@@ -190,7 +198,7 @@ class PeerPlane:
         if handler is None:
             return Answer({"refused": "no such operation"})
         try:
-            return await handler(Call(caller, header, size, reader))
+            return await handler(Call(caller, header, size, reader, self.traffic))
         except (SwarmError, KeyError, TypeError, ValueError) as error:
             return Answer({"refused": str(error)[:500] or type(error).__name__})
         except (OSError, EOFError, TimeoutError):
@@ -222,17 +230,20 @@ class PeerPlane:
         self, peer: bytes, header: Header, body: bytes | memoryview, max_answer_bytes: int
     ) -> tuple[dict[str, Any], bytes]:
         reader, writer = await self._open(peer)
+        sending = asyncio.create_task(self._send(writer, header, body))
         try:
-            await self._send(writer, header, body)
             answer, size = await self._receive_header(reader)
-            if "refused" in answer:
+            if "refused" in answer:  # perhaps long before all of the body was sent
                 raise RefusedError(str(answer["refused"])[:500])
+            await sending
             if size > max_answer_bytes:
                 raise InvalidDataError(f"an answer of {size} bytes where at most {max_answer_bytes} are allowed")
             content = await reader.readexactly(size)
             self.traffic.received += size
             return answer, content
         finally:
+            sending.cancel()
+            await asyncio.gather(sending, return_exceptions=True)
             writer.close()
 
     async def _open(self, peer: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
@@ -326,6 +337,14 @@ class PeerPlane:
             raise EncodingError("a header is a map")
         self.traffic.received += 12 + length
         return header, size
+
+
+async def _hear_out(reader: asyncio.StreamReader) -> None:
+    """Discard what a caller goes on sending after a refusal: to close on it would lose the refusal as well."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(LINGER_S):
+            while await reader.read(WRITE_BYTES):
+                pass
 
 
 _loaded: tuple[Any, Any, Any] | None = None

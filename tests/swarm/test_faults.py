@@ -63,7 +63,7 @@ def test_a_killed_coordinator_continues_where_it_was(start_run: Start) -> None:
 
 
 def test_a_fourth_node_joins_at_round_two(start_run: Start) -> None:
-    run = start_run(rounds=24, min_nodes=3, max_nodes=4, assemble_s=1.0)
+    run = start_run(rounds=16, min_nodes=3, max_nodes=4, assemble_s=1.0)
     run.serve()
     for name in ("a", "b", "c"):
         run.join(name)

@@ -1,12 +1,18 @@
-"""Which arithmetic computes here: chosen by a measurement, kept for the process, and allowed only if it passes a self-test."""
+"""Which arithmetic computes on this machine: chosen by a measurement, falling back by itself. No choice changes a bit."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+
+import torch
 
 from swarm_protocol.exact import eager
 from swarm_protocol.exact.passes import Passes
 from swarm_protocol.exact.products import Multiply, multiply_float, multiply_int8
+
+_MEASURED = (256, 512, 512)  # M, K, N of the product that is timed: about a millisecond
 
 
 @dataclass(frozen=True)
@@ -16,10 +22,42 @@ class Backend:
     multiply: Multiply
     passes: Passes
 
+    @property
+    def name(self) -> str:
+        return f"{self.multiply.__name__.removeprefix('multiply_')} products, {self.passes.name} passes"
 
-def choose(device: str) -> Backend:
+
+def candidates(device: str) -> Iterator[Backend]:
+    """What could compute on `device`, the fastest first."""
+    kinds: list[Passes] = [eager]
+    if torch.device(device).type == "cpu" and (compiled := _compiled()) is not None:
+        kinds.insert(0, compiled)
+    for passes in kinds:
+        for multiply in sorted((multiply_int8, multiply_float), key=lambda kind: _seconds(kind, device)):
+            yield Backend(multiply, passes)
+
+
+def _compiled() -> Passes | None:
+    """The numba kernels where numba is installed."""
     try:
         from swarm_protocol.exact import compiled
-        return Backend(multiply_int8, compiled)
     except ImportError:
-        return Backend(multiply_int8, eager)
+        return None
+    return compiled
+
+
+def _seconds(multiply: Multiply, device: str) -> float:
+    """The best of five times; infinite where the kernel does not exist."""
+    m, k, n = _MEASURED
+    a, b = (torch.ones(shape, dtype=torch.int8, device=device) for shape in ((m, k), (k, n)))
+    out = torch.empty(m, n, dtype=torch.int32, device=device)
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        try:
+            multiply(a, b, out)
+            int(out[0, 0])  # waits for a device
+        except (RuntimeError, NotImplementedError):
+            return float("inf")
+        best = min(best, time.perf_counter() - start)
+    return best

@@ -1,27 +1,41 @@
 """The inner loop in exact arithmetic: what `training.run_segment` is for native numerics, and the same bits everywhere.
 
-A `Trainer` picks its backend by a measurement when it is made, and refuses to work on a machine that does not pass the
-self-test. Memory beside what native training needs: two bytes per parameter for the weights' limbs, and for activations
+A `Trainer` takes the fastest backend that passes a self-test on this device and thread: two steps of a tiny model whose
+hash is known. Where none passes, this machine is refused. Memory beside what native training needs: two bytes per parameter for the weights' limbs, and for activations
 about as much as native keeps.
 """
 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
+from functools import lru_cache
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from blake3 import blake3
 
-from swarm_protocol.errors import InvalidDataError
+from swarm_protocol.errors import InvalidDataError, UnsupportedPlatformError
 from swarm_protocol.exact import rule
-from swarm_protocol.exact.backend import Backend, choose
+from swarm_protocol.exact.backend import Backend, candidates
 from swarm_protocol.exact.decoder import Decoder
 from swarm_protocol.exact.optimizer import Optimizer
 from swarm_protocol.exact.products import Products, Scratch
 from swarm_protocol.model import llama
 from swarm_protocol.optimizers import moment_sizes
-from swarm_protocol.spec import RunSpec
+from swarm_protocol.spec import (
+    AuditSpec,
+    DataSpec,
+    ExchangeSpec,
+    ModelSpec,
+    OptimizerSpec,
+    OuterSpec,
+    RoundsSpec,
+    RunSpec,
+    TrainingSpec,
+)
 from swarm_protocol.training import NonFiniteError, Tokens, TrainingCancelledError, TrainState, deterministic
 
 
@@ -42,7 +56,7 @@ class Trainer:
         grain = grain_sequences or rule.default_grain(spec.model)
         wanted = micro_sequences or spec.training.micro_sequences
         self._micro = max(grain, wanted // grain * grain)
-        backend = backend or choose(device)
+        backend = backend or trusted_backend(device)
         scratch, size = Scratch(self._device), llama.num_parameters(spec.model)
         self._parameters, self._gradients = (torch.zeros(size, device=self._device) for _ in range(2))
         self._moments = torch.zeros(sum(moment_sizes(spec.model, spec.training.optimizer)), device=self._device)
@@ -129,6 +143,8 @@ def run_segment(
     stop: int,
     *,
     device: str = "cpu",
+    limbs: int = 2,
+    grain_sequences: int | None = None,
     on_step: Callable[[int, float], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> TrainState:
@@ -136,6 +152,8 @@ def run_segment(
 
     Args:
         batch: tokens of a step of the round, int64 [batch_sequences, max_position_embeddings + 1].
+        limbs: 2 or 3 limbs per operand, part of the run's definition; so is
+        grain_sequences: sequences per grain, by default the fewest that hold 2,048 tokens.
         on_step: told the step and its mean training loss in nats per token.
         cancelled: asked before every step.
 
@@ -144,8 +162,80 @@ def run_segment(
         InvalidDataError: the state or a batch does not fit the spec.
         UnsupportedPlatformError: this machine's arithmetic did not pass the self-test.
     """
-    return Trainer(spec, device=device).run(state, batch, stop, on_step=on_step, cancelled=cancelled)
+    trainer = Trainer(spec, device=device, limbs=limbs, grain_sequences=grain_sequences)
+    return trainer.run(state, batch, stop, on_step=on_step, cancelled=cancelled)
 
 
-def _tensor(array: np.ndarray) -> torch.Tensor:  # type: ignore[type-arg]
+SELF_TEST_HASH = "0"
+"""What `self_test_hash` gives on every correct machine; tests hold it against the reference."""
+
+
+def trusted_backend(device: str) -> Backend:
+    """The fastest backend that computes right on `device`, in this thread: rounding modes belong to threads.
+
+    Raises:
+        UnsupportedPlatformError: none does.
+    """
+    return _trusted(device, threading.get_ident())
+
+
+@lru_cache(maxsize=64)
+def _trusted(device: str, _thread: int) -> Backend:
+    for backend in candidates(device):
+        try:
+            if self_test_hash(backend, device) == SELF_TEST_HASH:
+                return backend
+        except (RuntimeError, NotImplementedError):  # a kernel that this device lacks
+            continue
+    raise UnsupportedPlatformError(
+        f"exact training does not give the known result on {device!r} here; join with another --device, or a native run"
+    )
+
+
+def self_test_hash(backend: Backend, device: str) -> str:
+    """The hash of a tiny model after two steps; its first gradients are partly subnormal numbers."""
+    spec = self_test_spec()
+    state = Trainer(spec, device=device, grain_sequences=1, backend=backend).run(self_test_state(spec), self_test_batch, 2)
+    return blake3(state.parameters.tobytes() + state.moments.tobytes()).hexdigest()
+
+
+def self_test_spec() -> RunSpec:
+    nothing = "0" * 64
+    return RunSpec(
+        name="self-test",
+        seed=0,
+        numerics="native",
+        coordinator=nothing,
+        checkpoint=nothing,
+        beacon=nothing,
+        model=ModelSpec(
+            vocab_size=40,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=24,
+        ),
+        data=DataSpec(root=nothing, tokenizer="bytes", train_tokens=1, held_out_windows=1),
+        training=TrainingSpec(batch_sequences=3, micro_sequences=3, optimizer=OptimizerSpec(weight_decay=0.1)),
+        exchange=ExchangeSpec(),
+        outer=OuterSpec(),
+        rounds=RoundsSpec(),
+        audit=AuditSpec(),
+    )
+
+
+def self_test_state(spec: RunSpec) -> TrainState:
+    """Initial weights, of which the final gain is so small that gradients become subnormal."""
+    parameters = llama.initial_parameters(spec.model, 0)
+    parameters[-spec.model.hidden_size :] = 2.0**-120
+    return TrainState.initial(spec, parameters)
+
+
+def self_test_batch(step: int) -> Tokens:
+    return np.arange(3 * 25, dtype=np.int64).reshape(3, 25) * (7 + step) % 40
+
+
+def _tensor(array: npt.NDArray[np.float32] | Tokens) -> torch.Tensor:
     return torch.from_numpy(np.require(array, requirements=["C", "W"]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +20,25 @@ app = typer.Typer(
     add_completion=True,
     pretty_exceptions_enable=False,
 )
+
+
+class Device(StrEnum):
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class Numerics(StrEnum):
+    NATIVE = "native"
+    EXACT = "exact"
+
+
+class Cheat(StrEnum):
+    """Ways to be dishonest that audits must catch; `swarm_node.cheats` has them."""
+
+    MADE_UP = "made-up"
+    LEARNING_RATE = "learning-rate"
+    FLIPPED_BIT = "flipped-bit"
 
 
 def default_folder() -> Path:
@@ -44,9 +64,9 @@ def join(
         str | None,
         typer.Option(help="The coordinator's key (hex or PeerID); without it the first one seen is trusted."),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Annotated[Device, typer.Option(help="What to train on.")] = Device.AUTO,
     threads: Annotated[int | None, typer.Option(min=1, max=1024, help="CPU threads.", show_default="all")] = None,
-    cheat: Annotated[str | None, typer.Option(hidden=True)] = None,
+    cheat: Annotated[Cheat | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Join a run and contribute until it ends. Ctrl-C finishes the current contribution, a second one stops at once."""
     from swarm_node import joining
@@ -70,6 +90,13 @@ def demo(
     nodes: Annotated[int, typer.Option(min=1, max=32, help="Volunteer processes.")] = 3,
     rounds: Annotated[int, typer.Option(min=1, max=1000, help="Rounds to train.")] = 6,
     cheaters: Annotated[int, typer.Option(min=0, max=8, help="Further volunteers that send made-up work.")] = 0,
+    cheat: Annotated[Cheat, typer.Option(help="What cheaters do.")] = Cheat.MADE_UP,
+    numerics: Annotated[
+        Numerics, typer.Option(help="exact: training gives the same bits on any machine.")
+    ] = Numerics.NATIVE,
+    mixed_kernels: Annotated[
+        bool, typer.Option("--mixed-kernels", help="Give every node, and the auditors, other CPU kernels and threads.")
+    ] = False,
     corpus: Annotated[
         list[Path] | None,
         typer.Option(
@@ -85,7 +112,15 @@ def demo(
     raise typer.Exit(
         demonstration.run(
             demonstration.Options(
-                nodes=nodes, rounds=rounds, cheaters=cheaters, corpus=corpus or [], as_json=as_json, keep=keep
+                nodes=nodes,
+                rounds=rounds,
+                cheaters=cheaters,
+                cheat=cheat,
+                numerics=numerics,
+                mixed_kernels=mixed_kernels,
+                corpus=corpus or [],
+                as_json=as_json,
+                keep=keep,
             )
         )
     )

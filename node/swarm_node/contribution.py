@@ -93,13 +93,17 @@ class Contribution:
 
 
 def train(
-    spec: RunSpec, plan: RoundPlan, slot: int, checkpoint: Checkpoint, dataset: Dataset, progress: Progress
+    spec: RunSpec,
+    plan: RoundPlan,
+    slot: int,
+    checkpoint: Checkpoint,
+    dataset: Dataset,
+    progress: Progress,
+    *,
+    batch: Callable[[int], npt.NDArray[np.int64]] | None = None,
 ) -> Trained:
-    """The honest way: all inner steps of the slot, one segment after another."""
-
-    def batch(step: int) -> npt.NDArray[np.int64]:
-        return data.batch(spec, plan, slot, step, dataset)
-
+    """The honest way: all inner steps of the slot, one segment after another, on the batches that the plan assigns."""
+    batch = batch or (lambda step: data.batch(spec, plan, slot, step, dataset))
     losses: list[float] = []
 
     def on_step(step: int, loss: float) -> None:

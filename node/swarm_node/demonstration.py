@@ -33,10 +33,30 @@ POLL_S = 0.25
 
 
 @dataclass(frozen=True)
+class Kernels:
+    """Which CPU kernels a process uses: environment variables of torch and its libraries, and a number of threads."""
+
+    threads: int = 1
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+PLAIN = Kernels()
+KERNELS = (
+    Kernels(threads=1),
+    Kernels(threads=2, environment={"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}),
+    Kernels(threads=1, environment={"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE"}),
+)
+AUDITORS_KERNELS = Kernels(environment={"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "AVX2"})
+
+
+@dataclass(frozen=True)
 class Options:
     nodes: int
     rounds: int
     cheaters: int
+    cheat: str
+    numerics: str
+    mixed_kernels: bool
     corpus: list[Path]
     as_json: bool
     keep: Path | None
@@ -111,7 +131,8 @@ async def _run(demo: _Demo) -> dict[str, Any]:
         names = [f"node-{number}" for number in range(1, demo.options.nodes + 1)]
         cheaters = [f"cheater-{number}" for number in range(1, demo.options.cheaters + 1)]
         for name in names + cheaters:
-            demo.nodes[name] = _start_node(demo, url, name, cheat=name in cheaters)
+            kernels = KERNELS[len(demo.nodes) % len(KERNELS)] if demo.options.mixed_kernels else PLAIN
+            demo.nodes[name] = _start_node(demo, url, name, kernels, cheat=name in cheaters)
         status = await _watch(demo, client, names)
         roots = {name: _node_status(demo, name)["checkpoint"]["root"] for name in names}
         return {
@@ -145,7 +166,9 @@ async def _start_coordinator(demo: _Demo) -> str:
         raise DemoError(f"the run cannot be prepared:\n{init.last_lines()}")
     port = free_port()
     demo.screen.say("Starting the coordinator, its checkpoint worker and two auditors")
-    demo.swarm.start("coordinator", [*coordinator, "serve", str(home), "--port", str(port)])
+    kernels = AUDITORS_KERNELS if demo.options.mixed_kernels else PLAIN
+    command = [*coordinator, "serve", str(home), "--port", str(port)]
+    demo.swarm.start("coordinator", command, kernels.environment)
     return f"http://127.0.0.1:{port}"
 
 
@@ -154,10 +177,11 @@ async def _connect(demo: _Demo, url: str) -> CoordinatorClient:
     return await CoordinatorClient.connect(url)
 
 
-def _start_node(demo: _Demo, url: str, name: str, *, cheat: bool) -> Child:
-    command = [sys.executable, "-m", "swarm_node", "join", url, "--name", name, "--device", "cpu", "--threads", "1"]
-    command += ["--data-dir", str(demo.folder / name)]
-    return demo.swarm.start(name, command + (["--cheat", "made-up"] if cheat else []))
+def _start_node(demo: _Demo, url: str, name: str, kernels: Kernels, *, cheat: bool) -> Child:
+    command = [sys.executable, "-m", "swarm_node", "join", url, "--name", name, "--device", "cpu"]
+    command += ["--threads", str(kernels.threads), "--data-dir", str(demo.folder / name)]
+    command += ["--cheat", demo.options.cheat] if cheat else []
+    return demo.swarm.start(name, command, kernels.environment)
 
 
 async def _watch(demo: _Demo, client: CoordinatorClient, honest: list[str]) -> dict[str, Any]:
@@ -228,6 +252,7 @@ def run_toml(options: Options) -> str:
     return f"""\
 name = "demo"
 seed = 1
+numerics = "{options.numerics}"
 
 [rounds]
 count = {options.rounds}

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from swarm_protocol import processes
@@ -21,18 +22,18 @@ class ChildError(SwarmError):
 class Child:
     """One process and its log."""
 
-    def __init__(self, name: str, command: list[str], log: Path) -> None:
+    def __init__(self, name: str, command: list[str], log: Path, environment: Mapping[str, str]) -> None:
         self.name = name
         self._log = log
         # One OpenMP thread each: several processes share these cores, and spinning threads would starve them.
-        environment = {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1", **os.environ, "PYTHONUNBUFFERED": "1"}
+        quiet = {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}
         with log.open("ab") as output:
             self._process = subprocess.Popen(
                 processes.bound_to_parent(command),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=environment,
+                env={**quiet, **os.environ, "PYTHONUNBUFFERED": "1", **environment},
             )
 
     def running(self) -> bool:
@@ -65,8 +66,8 @@ class Swarm:
         self._logs.mkdir(parents=True, exist_ok=True)
         self._children: dict[str, Child] = {}
 
-    def start(self, name: str, command: list[str]) -> Child:
-        child = Child(name, command, self._logs / f"{name}.log")
+    def start(self, name: str, command: list[str], environment: Mapping[str, str] | None = None) -> Child:
+        child = Child(name, command, self._logs / f"{name}.log", environment or {})
         self._children[name] = child
         return child
 

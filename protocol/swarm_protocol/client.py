@@ -297,7 +297,7 @@ async def _request(
                     raise InvalidDataError(f"{url} answers with more than {max_bytes} bytes")
     except (httpx.HTTPError, TimeoutError) as error:
         raise UnreachableError(
-            f"the coordinator at {http_root(url)} does not answer ({error or 'timed out'})"
+            f"the coordinator at {http_root(url)} does not answer ({str(error) or 'timed out'})"
         ) from error
     except httpx.InvalidURL as error:
         raise ConfigurationError(f"{url} is not a URL: {error}") from error

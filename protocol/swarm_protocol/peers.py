@@ -136,7 +136,7 @@ class PeerPlane:
             if "bootstrap peers" in str(error):
                 raise UnreachableError(f"no peer of the run answers on {', '.join(initial_peers)}") from error
             raise ConfigurationError(
-                f"the peer daemon does not start ({error or 'it did not answer'}). Check that the ports {list(listen)} are"
+                f"the peer daemon does not start ({str(error) or 'it did not answer'}). Check that the ports {list(listen)} are"
                 f" free, that {_daemon_path(hivemind)} may be executed, that there is memory left, and that no other"
                 " swarm-node runs with this data directory."
             ) from error
@@ -224,7 +224,7 @@ class PeerPlane:
                 return await self._call(peer, header, body, max_answer_bytes)
         except (OSError, EOFError, TimeoutError) as error:
             self._connected.pop(peer, None)
-            raise UnreachableError(f"{peer_id(peer)} does not answer: {error or 'timed out'}") from error
+            raise UnreachableError(f"{peer_id(peer)} does not answer: {str(error) or 'timed out'}") from error
 
     async def _call(
         self, peer: bytes, header: Header, body: bytes | memoryview, max_answer_bytes: int
@@ -368,6 +368,11 @@ def _hivemind() -> tuple[Any, Any, Any]:
         @staticmethod
         def _make_process_args(*args: Any, **kwargs: Any) -> list[str]:
             return processes.bound_to_parent(P2P._make_process_args(*args, **kwargs))
+
+        def __del__(self) -> None:
+            # hivemind's own fails, visibly, where the daemon never started.
+            with contextlib.suppress(AttributeError):
+                super().__del__()
 
     class GuardedDHT(hivemind.DHT):  # type: ignore[misc]
         def run(self) -> None:

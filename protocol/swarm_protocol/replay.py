@@ -104,6 +104,17 @@ def parts_match(spec: RunSpec, start: Float32, final: Float32, parts_root: bytes
     return parts.parts_root(parts.part_hashes(encoded)) == parts_root
 
 
+def judge_exact(*, trace_matches: bool, parts_match: bool) -> Judgement:
+    """The outcome of an audit with exact numerics: the replay's hashes equal the committed ones, or they do not."""
+    if not trace_matches:
+        reason = "the replay gives other bits, and with exact numerics there is only one right result"
+        return Judgement(Outcome.REJECTED, Comparison.DIFFERENT, None, reason)
+    if not parts_match:
+        reason = "the training is right, but the parts are not the encoding of its result"
+        return Judgement(Outcome.REJECTED, Comparison.DIFFERENT, None, reason)
+    return Judgement(Outcome.ACCEPTED, Comparison.EQUAL, 0.0, "equal in every bit")
+
+
 def unavailable(what: str) -> Judgement:
     """The node did not serve `what` in time."""
     return Judgement(Outcome.UNAVAILABLE, None, None, f"the node did not serve {what} in time")

@@ -115,6 +115,10 @@ class TrainingSpec(_Section):
     fixed_steps: bool = Field(True, description="every slot does exactly `steps`, however fast it is")
     segment_steps: int = Field(5, ge=1, le=10_000, description="inner steps between two committed states")
     precision: Literal["float32"] = "float32"
+    limbs: int = Field(2, ge=2, le=3, description="7-bit limbs per operand of a product (exact)")
+    grain_sequences: int | None = Field(
+        None, ge=1, le=1 << 14, description="sequences per grain (exact); by default the fewest that hold 2,048 tokens"
+    )
     optimizer: OptimizerSpec = OptimizerSpec()
 
     @model_validator(mode="after")
@@ -184,7 +188,9 @@ class RunConfig(_Section):
 
     name: str = Field("demo", min_length=1, max_length=64, pattern=r"^[\w .:-]+$")
     seed: int = Field(0, ge=0, lt=1 << 63)
-    numerics: Literal["native"] = "native"
+    numerics: Literal["native", "exact"] = Field(
+        "native", description="exact: the inner steps give the same bits on any machine, and audits compare hashes"
+    )
     model: ModelSpec = ModelSpec()
     data: DataConfig = DataConfig()
     training: TrainingSpec = TrainingSpec()
@@ -218,7 +224,7 @@ class RunSpec(_Section):
     protocol: int = Field(PROTOCOL_VERSION, ge=1)
     name: str = Field(min_length=1, max_length=64)
     seed: int = Field(ge=0, lt=1 << 63)
-    numerics: Literal["native"]
+    numerics: Literal["native", "exact"]
     coordinator: Hash
     checkpoint: Hash = Field(description="root of checkpoint 0")
     beacon: Hash = Field(description="the end of the beacon chain")

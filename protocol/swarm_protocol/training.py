@@ -241,7 +241,7 @@ def run_segment(
     on_step: Callable[[int, float], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> TrainState:
-    """The inner steps from `state.step` to `stop`.
+    """The inner steps from `state.step` to `stop`, in the numerics that the spec names.
 
     Args:
         batch: tokens of a step of the round, int64 [batch_sequences, max_position_embeddings + 1].
@@ -252,6 +252,20 @@ def run_segment(
         NonFiniteError, TrainingCancelledError
         InvalidDataError: the state or a batch does not fit the spec.
     """
+    if spec.numerics == "exact":
+        from swarm_protocol import exact  # which builds on this module
+
+        return exact.run_segment(
+            spec,
+            state,
+            batch,
+            stop,
+            device=device,
+            limbs=spec.training.limbs,
+            grain_sequences=spec.training.grain_sequences,
+            on_step=on_step,
+            cancelled=cancelled,
+        )
     return Trainer(spec, device=device).run(state, batch, stop, on_step=on_step, cancelled=cancelled)
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import secrets
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -25,6 +25,13 @@ from swarm_protocol.records import Addresses, Envelope
 
 T = TypeVar("T")
 Run = Callable[[Awaitable[T]], T]
+
+# How hivemind finds its daemon (Python 3.11), that it forks (3.12 and later), and what its DHT process leaves to uvloop.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:unclosed resource <UnixTransport:ResourceWarning"),
+]
 
 RUN = bytes([1]) * 32
 MEBIBYTE = 1 << 20
@@ -108,31 +115,29 @@ def planes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Planes]:
 class Peer:
     """A peer in another process."""
 
-    def __init__(self, folder: Path, *initial_peers: str) -> None:
-        command = [sys.executable, "-c", PEER, str(folder / secrets.token_hex(4)), *initial_peers]
+    def __init__(self, identity: Path, *initial_peers: str) -> None:
+        command = [sys.executable, "-c", PEER, str(identity), *initial_peers]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def await_start(self) -> None:
         assert self.process.stdout is not None
         words = self.process.stdout.readline().split()
         assert len(words) == 2, "the peer did not start"
         self.key, self.address = bytes.fromhex(words[0]), words[1]
         self.family = [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
 
-    def end(self) -> None:
-        self.process.kill()
-        self.process.communicate()
 
-
-@pytest.fixture
-def start_peer(tmp_path: Path) -> Iterator[Callable[..., Peer]]:
-    peers: list[Peer] = []
-
-    def start(*initial_peers: str) -> Peer:
-        peers.append(Peer(tmp_path, *initial_peers))
-        return peers[-1]
-
-    yield start
-    for peer in peers:
-        peer.end()
+@pytest.fixture(scope="module")
+def peers(planes: Planes, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Iterator[Peer]]:
+    """Peers in processes of their own, each for one test."""
+    folder = tmp_path_factory.mktemp("peers")
+    started = [Peer(folder / str(number), planes.address) for number in range(3)]
+    for peer in started:
+        peer.await_start()
+    yield iter(started)
+    for peer in started:
+        peer.process.kill()
+        peer.process.communicate()
 
 
 def alive(family: list[psutil.Process]) -> list[str]:
@@ -316,11 +321,8 @@ def test_a_peer_that_nobody_knows_is_unreachable(planes: Planes) -> None:
         planes.run(planes.second.call(nobody.public_key, {"op": "echo"}, max_answer_bytes=0, timeout_s=5))
 
 
-@pytest.mark.parametrize("whole", [False, True], ids=["its process", "its process and daemon"])
-def test_a_frozen_peer_is_unreachable_at_the_deadline(
-    planes: Planes, start_peer: Callable[..., Peer], whole: bool
-) -> None:
-    peer = start_peer(planes.address)
+def test_a_frozen_peer_is_unreachable_at_the_deadline(planes: Planes, peers: Iterator[Peer]) -> None:
+    peer = next(peers)
 
     def ask(timeout_s: float) -> bytes:
         return planes.run(
@@ -328,30 +330,22 @@ def test_a_frozen_peer_is_unreachable_at_the_deadline(
         )[1]
 
     assert len(ask(20)) == 100_000
-    frozen = peer.family if whole else peer.family[:1]
-    for process in frozen:
-        process.suspend()
-    started = time.monotonic()
-    with pytest.raises(UnreachableError, match="timed out"):
-        ask(0.5)
-    assert 0.4 < time.monotonic() - started < 3
-    for process in frozen:
-        process.resume()
-    assert len(ask(20)) == 100_000
-
-
-def test_a_killed_peer_is_unreachable(planes: Planes, start_peer: Callable[..., Peer]) -> None:
-    peer = start_peer(planes.address)
-    peer.end()
-    assert gone(peer.family)
-    with pytest.raises(UnreachableError):
-        planes.run(planes.second.call(peer.key, {"op": "echo"}, max_answer_bytes=0, timeout_s=2))
+    for frozen in (peer.family[:1], peer.family):  # its process, then its daemon as well
+        for process in frozen:
+            process.suspend()
+        started = time.monotonic()
+        with pytest.raises(UnreachableError, match="timed out"):
+            ask(0.5)
+        assert 0.4 < time.monotonic() - started < 3
+        for process in frozen:
+            process.resume()
+        assert len(ask(20)) == 100_000
 
 
 # Starting and ending
 
 
-def test_a_peer_cannot_join_where_nobody_answers(planes: Planes, tmp_path: Path) -> None:
+def test_a_peer_cannot_join_where_nobody_answers(planes: Planes) -> None:
     before = psutil.Process().children(recursive=True)
     port_of_nobody = f"/ip4/127.0.0.1/tcp/1/p2p/{Identity.generate().peer_id}"
     with pytest.raises(UnreachableError, match=port_of_nobody):
@@ -360,10 +354,13 @@ def test_a_peer_cannot_join_where_nobody_answers(planes: Planes, tmp_path: Path)
 
 
 def test_a_daemon_that_cannot_start_says_what_to_check(planes: Planes, tmp_path: Path) -> None:
-    port = planes.address.split("/tcp/")[1].split("/")[0]
     Identity.generate().save(tmp_path / "identity")
-    with pytest.raises(ConfigurationError, match=rf"the peer daemon does not start.*ports.*{port}"):
-        planes.run(PeerPlane.start(tmp_path / "identity", RUN, listen=[f"/ip4/127.0.0.1/tcp/{port}"]))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"/ip4/127.0.0.1/tcp/{taken.getsockname()[1]}"
+        with pytest.raises(
+            ConfigurationError, match=f"the peer daemon does not start.*address already in use.*{address}"
+        ):
+            planes.run(PeerPlane.start(tmp_path / "identity", RUN, listen=[address]))
 
 
 def test_a_plane_that_was_closed_leaves_no_process(planes: Planes) -> None:
@@ -375,20 +372,19 @@ def test_a_plane_that_was_closed_leaves_no_process(planes: Planes) -> None:
     assert gone(family, within_s=2.0)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["kill -9", "kill"])
-def test_a_killed_process_takes_its_daemon_along(
-    planes: Planes, start_peer: Callable[..., Peer], number: signal.Signals
-) -> None:
-    peer = start_peer(planes.address)
+def test_a_killed_process_takes_its_daemon_along_and_is_unreachable(planes: Planes, peers: Iterator[Peer]) -> None:
+    peer = next(peers)
     assert any("p2pd" in line for line in alive(peer.family))
     assert len(peer.family) >= 3
-    os.kill(peer.process.pid, number)
+    peer.process.send_signal(signal.SIGKILL)
     peer.process.wait()
     assert gone(peer.family)
+    with pytest.raises(UnreachableError):
+        planes.run(planes.second.call(peer.key, {"op": "echo"}, max_answer_bytes=0, timeout_s=2))
 
 
-def test_a_process_that_ends_in_order_leaves_nothing(planes: Planes, start_peer: Callable[..., Peer]) -> None:
-    peer = start_peer(planes.address)
+def test_a_process_that_ends_in_order_leaves_nothing(planes: Planes, peers: Iterator[Peer]) -> None:
+    peer = next(peers)
     peer.process.communicate(timeout=20)
     assert peer.process.returncode == 0
     assert gone(peer.family, within_s=2.0)

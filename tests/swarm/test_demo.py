@@ -77,3 +77,14 @@ def test_ctrl_c_ends_the_demo_and_everything_that_it_started() -> None:
         process.communicate(timeout=40)
     assert process.returncode == 130
     assert not left_behind()
+
+
+@pytest.mark.swarm
+@pytest.mark.parametrize("cheat", ["learning-rate", "flipped-bit"])
+def test_exact_training_is_equal_on_any_kernels_and_the_slightest_cheat_is_not(cheat: str) -> None:
+    options = ("--numerics", "exact", "--mixed-kernels", "--nodes", "2", "--rounds", "1", "--cheaters", "1")
+    result = demo(*options, "--cheat", cheat)
+    assert {entry["node"] for entry in result["rejected"]} == {"cheater-1"}
+    assert result["audits"]["accepted"] == result["comparisons"]["equal"] == 2
+    assert result["comparisons"]["within"] == result["comparisons"]["outside"] == 0
+    assert len(set(result["checkpoint_roots"].values())) == 1

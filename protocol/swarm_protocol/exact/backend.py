@@ -37,6 +37,16 @@ def candidates(device: str) -> Iterator[Backend]:
             yield Backend(multiply, passes)
 
 
+def multiplies_exactly(multiply: Multiply, device: str) -> bool:
+    """Whether products of the largest limbs are right: kernels that add pairs in 16 bits would saturate on larger ones."""
+    m, k, n = 48, 1040, 64
+    signs = (torch.arange(m)[:, None] * torch.arange(k) % 7 < 4, torch.arange(k)[:, None] * torch.arange(n) % 5 < 3)
+    a, b = (torch.where(sign, 64, -64).to(torch.int8) for sign in signs)
+    out = torch.empty(m, n, dtype=torch.int32, device=device)
+    multiply(a.to(device), b.to(device), out)
+    return torch.equal(out.cpu().long(), a.long() @ b.long())
+
+
 def _compiled() -> Passes | None:
     """The numba kernels where numba is installed."""
     try:

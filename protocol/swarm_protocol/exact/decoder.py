@@ -127,7 +127,7 @@ class Decoder:
         found = losses.cpu().numpy()
         with np.errstate(invalid="ignore", over="ignore"):  # the caller refuses a loss that is not finite
             return [
-                sum_by_halves(found[start : start + self._grain]) * np.float32(share)
+                np.float32(sum_by_halves(found[start : start + self._grain]) * np.float32(share))
                 for start in range(0, count, self._grain)
             ]
 
@@ -208,7 +208,10 @@ class Decoder:
         return dx
 
     def _norm(self, name: str, x: Tensor, gain: str) -> tuple[Tensor, Limbs]:
-        r, normed = self._scratch.floats(f"{name} r", len(x)), self._scratch.limbs(f"{name} normed", self._limbs, *x.shape)
+        r, normed = (
+            self._scratch.floats(f"{name} r", len(x)),
+            self._scratch.limbs(f"{name} normed", self._limbs, *x.shape),
+        )
         eps = rule.f32(self._model.rms_norm_eps)
         self._passes.norm_limbs(x, self._parameters[gain], eps, normed.planes, normed.e, r, self._status)
         return r, normed
@@ -259,13 +262,17 @@ class Decoder:
         count, _, rows, size = heads.q.shape
         positions = self._positions
         d_qkv = scratch.floats("d_qkv", len(out), self._model.hidden_size + 2 * self._model.num_key_value_heads * size)
-        by_rows, scores_rows = scratch.limbs("out rows", limbs, rows, size), scratch.limbs("scores rows", limbs, rows, positions)
+        by_rows, scores_rows = (
+            scratch.limbs("out rows", limbs, rows, size),
+            scratch.limbs("scores rows", limbs, rows, positions),
+        )
         by_columns, by_columns_e = scratch.int8("out columns", limbs, rows, size), scratch.int32("out columns", size)
         scores_columns = scratch.int8("scores columns", limbs, rows, positions)
         scores_columns_e = scratch.int32("scores columns", positions)
         correction, zeros = scratch.floats("correction", rows), scratch.int32("zeros", positions)
         d_q, d_k, d_v = (
-            scratch.floats(f"d_{name}", length, size) for name, length in (("q", rows), ("k", positions), ("v", positions))
+            scratch.floats(f"d_{name}", length, size)
+            for name, length in (("q", rows), ("k", positions), ("v", positions))
         )
         for c in range(count):
             at, head, column = self._place(c)

@@ -233,15 +233,17 @@ def heads(
         _column_limbs(parts[:, kv_heads * (group + 1) + head], v[c], v_e[c], status)
 
 
-def _visible(rows: int, positions: int, device: torch.device) -> Tensor:
-    at = torch.arange(positions, device=device)
+def _visible(scores: Tensor) -> Tensor:
+    """Which of the positions [R, S] a query may see: those up to its own."""
+    rows, positions = scores.shape
+    at = torch.arange(positions, device=scores.device)
     return at[None, :] <= at.repeat(rows // positions)[:, None]
 
 
 def softmax_limbs(s: Tensor, q_e: Tensor, k_e: Tensor, scale: float, planes: Tensor, r: Tensor) -> None:
     bits = rule.fraction_bits(len(planes))
     scores = _value(s, q_e, k_e) * scale
-    visible = _visible(*scores.shape, scores.device)
+    visible = _visible(scores)
     largest = scores.masked_fill(~visible, -torch.inf).amax(1)
     p = _exp(scores - largest[:, None]).masked_fill(~visible, 0.0) * 2.0**bits
     _digits(p, torch.ones_like(largest)[:, None], planes)
@@ -303,14 +305,12 @@ def softmax_gradient_limbs(
     w = (p.float() * 2.0 ** -rule.fraction_bits(len(weights))) * r[:, None]
     d_w = _value(s, s_e, torch.zeros_like(k_e))
     d_s = (w * (d_w - correction[:, None])) * scale
-    d_s = d_s.masked_fill(~_visible(*d_s.shape, d_s.device), 0.0)
+    d_s = d_s.masked_fill(~_visible(d_s), 0.0)
     _row_limbs(d_s * power_of_two(k_e), rows, rows_e, status)
     _column_limbs(d_s * power_of_two(q_e)[:, None], columns, columns_e, status)
 
 
-def place_gradients(
-    d_q: Tensor, d_k: Tensor, d_v: Tensor, cos: Tensor, sin: Tensor, head: int, d_qkv: Tensor
-) -> None:
+def place_gradients(d_q: Tensor, d_k: Tensor, d_v: Tensor, cos: Tensor, sin: Tensor, head: int, d_qkv: Tensor) -> None:
     positions, size = d_k.shape
     group = len(d_q) // positions
     parts = d_qkv.view(positions, -1, size)

@@ -92,7 +92,5 @@ class Optimizer:
             self._passes.limbs(gram, gram_limbs.planes, gram_limbs.e, self._status)
             products(gram_limbs.planes, gram_limbs.e, gram_limbs.planes.mT, gram_limbs.e, square)
             # The polynomial's limbs replace the Gram matrix's, which are used up.
-            self._passes.polynomial_limbs(
-                gram, square, b, c, x_limbs.e, gram_limbs.planes, gram_limbs.e, self._status
-            )
+            self._passes.polynomial_limbs(gram, square, b, c, x_limbs.e, gram_limbs.planes, gram_limbs.e, self._status)
             products(gram_limbs.planes, gram_limbs.e, x_limbs.planes, None, x, keep=a)

@@ -41,7 +41,8 @@ def sum_by_pairs(x: Float32) -> Float32:
     x = np.moveaxis(_padded(np.moveaxis(x, 0, -1)), -1, 0)
     while x.shape[0] > 1:
         x = x[0::2] + x[1::2]
-    return x[0]
+    total: Float32 = x[0]
+    return total
 
 
 def _padded(x: Float32) -> Float32:
@@ -65,7 +66,7 @@ def exponents(x: Float32, axis: int) -> Integers:
         NonFiniteError: a magnitude of 2^100 or more, an infinity or a NaN.
     """
     bits = (np.ascontiguousarray(x).view(np.int32) & 0x7FFFFFFF).max(axis=axis, keepdims=True).astype(np.int64)
-    e = np.maximum((bits >> 23) - 126, rule.LOWEST_EXPONENT)
+    e: Integers = np.maximum((bits >> 23) - 126, rule.LOWEST_EXPONENT)
     if (e > rule.HIGHEST_EXPONENT).any():
         raise NonFiniteError("a value of exact training left the range below 2^100; a lower learning rate may help")
     return e
@@ -112,8 +113,9 @@ def product(a: list[Integers], ea: Integers, b: list[Integers], eb: Integers) ->
         part = slice(cut, cut + rule.K_CUT)
         result: Float32 | None = None
         for weight in range(limbs):
-            s = sum(a[i][:, part] @ b[weight - i][part] for i in range(weight + 1)).astype(np.float32)
-            result = s if result is None else result * F(128) + s
+            s = sum((a[i][:, part] @ b[weight - i][part] for i in range(weight + 1)), np.zeros((), np.int64))
+            value = s.astype(np.float32)
+            result = value if result is None else result * F(128) + value
         assert result is not None
         total = result if total is None else total + result
     assert total is not None
@@ -129,9 +131,7 @@ class Linear:
     limbs: int
 
     def forward(self) -> Float32:
-        return product(
-            self.x.limbs(self.limbs), self.x.e, [limb.T for limb in self.w.limbs(self.limbs)], self.w.e
-        )
+        return product(self.x.limbs(self.limbs), self.x.e, [limb.T for limb in self.w.limbs(self.limbs)], self.w.e)
 
     def input_gradient(self, dy: Float32) -> Float32:
         return times_operand(dy * self.w.scales[None, :], self.w, self.limbs)
@@ -176,7 +176,8 @@ def exp(x: Float32) -> Float32:
     p = np.full_like(r, F(rule.EXP_POLYNOMIAL[0]))
     for coefficient in rule.EXP_POLYNOMIAL[1:]:
         p = p * r + F(coefficient)
-    return ((p * (r * r) + r) + F(1)) * power_of_two(n.astype(np.int64))
+    result: Float32 = ((p * (r * r) + r) + F(1)) * power_of_two(n.astype(np.int64))
+    return result
 
 
 def log(x: Float32) -> Float32:
@@ -193,12 +194,14 @@ def log(x: Float32) -> Float32:
     y = (p * m) * square
     y = y + e * F(rule.LN2_LOW)
     y = y - square * F(0.5)
-    return (m + y) + e * F(rule.LN2_HIGH)
+    result: Float32 = (m + y) + e * F(rule.LN2_HIGH)
+    return result
 
 
 def sigmoid(x: Float32) -> Float32:
     t = exp(-np.abs(x))
-    return np.where(x >= 0, F(1), t) / (F(1) + t)
+    result: Float32 = np.where(x >= 0, F(1), t) / (F(1) + t)
+    return result
 
 
 # --- 3. Layers
@@ -239,10 +242,13 @@ class Attention:
         """Unnormalised weights as integers of `fraction_bits` bits [G·S, S], and the reciprocal of their row sums."""
         limbs, bits = self.limbs, rule.fraction_bits(self.limbs)
         s = product(self.q.limbs(limbs), self.q.e, [limb.T for limb in self.k.limbs(limbs)], self.k.e) * F(self.scale)
-        s = np.where(self._visible(), s, F(-np.inf))
-        p = exp(s - s.max(axis=1, keepdims=True)) * F(2**bits)
-        p = np.where(self._visible(), np.rint(p), F(0)).astype(np.int64)
-        return p, F(1) / (p.sum(axis=1).astype(np.float32) * F(2.0**-bits))
+        largest = np.where(self._visible(), s, F(-np.inf)).max(axis=1, keepdims=True)
+        if not (largest < np.inf).all():
+            raise NonFiniteError("an attention score of exact training is infinite; a lower learning rate may help")
+        p = exp(s - largest) * F(2**bits)
+        q: Integers = np.where(self._visible(), np.rint(p), F(0)).astype(np.int64)
+        reciprocals: Float32 = F(1) / (q.sum(axis=1).astype(np.float32) * F(2.0**-bits))
+        return q, reciprocals
 
     def forward(self) -> Float32:
         """[G·S, H]"""
@@ -269,7 +275,8 @@ class Attention:
     def _visible(self) -> npt.NDArray[np.bool_]:
         positions = self.k.q.shape[0]
         rows = np.arange(self.q.q.shape[0]) % positions
-        return np.arange(positions)[None, :] <= rows[:, None]
+        visible: npt.NDArray[np.bool_] = np.arange(positions)[None, :] <= rows[:, None]
+        return visible
 
 
 def swiglu(gate: Float32, up: Float32) -> Float32:
@@ -278,7 +285,9 @@ def swiglu(gate: Float32, up: Float32) -> Float32:
 
 def swiglu_gradient(dy: Float32, gate: Float32, up: Float32) -> tuple[Float32, Float32]:
     s = sigmoid(gate)
-    return ((dy * up) * s) * (F(1) + gate * (F(1) - s)), dy * (gate * s)
+    d_gate: Float32 = ((dy * up) * s) * (F(1) + gate * (F(1) - s))
+    d_up: Float32 = dy * (gate * s)
+    return d_gate, d_up
 
 
 def cross_entropy(logits: Float32, targets: Integers, share: float) -> tuple[Float32, Float32]:

@@ -12,7 +12,6 @@ from swarm_protocol.exact.reference import (
     Attention,
     F,
     Float32,
-    Integers,
     Linear,
     Operand,
     cross_entropy,
@@ -73,7 +72,9 @@ def backward(
     for index in range(model.num_hidden_layers):
         layer = f"model.layers.{index}"
         y, n1, r1 = rms_norm(x, p[f"{layer}.input_layernorm.weight"], model.rms_norm_eps)
-        qkv = Linear(operand(y, limbs), operand(_stacked(p, layer, "self_attn", "q_proj", "k_proj", "v_proj"), limbs), limbs)
+        qkv = Linear(
+            operand(y, limbs), operand(_stacked(p, layer, "self_attn", "q_proj", "k_proj", "v_proj"), limbs), limbs
+        )
         heads = _heads(model, qkv.forward(), positions, limbs)
         attended = _merge(model, [head.forward() for head in heads], positions)
         o = Linear(operand(attended, limbs), operand(p[f"{layer}.self_attn.o_proj.weight"], limbs), limbs)
@@ -89,7 +90,7 @@ def backward(
     losses, d_logits = cross_entropy(head.forward(), targets, share)
     total = F(0)
     for start in range(0, len(losses), grain):
-        total = total + sum_by_halves(losses[start : start + grain]) * F(share)
+        total = F(total + sum_by_halves(losses[start : start + grain]) * F(share))
 
     head_gradient = head.weight_gradient(d_logits, grain)
     dy = head.input_gradient(d_logits)
@@ -226,13 +227,13 @@ def adamw(p: Float32, g: Float32, m: Float32, v: Float32, s: StepScalars) -> tup
     return p - update, m, v
 
 
-def muon(
-    p: Float32, g: Float32, momentum: Float32, s: StepScalars, steps: int, limbs: int
-) -> tuple[Float32, Float32]:
+def muon(p: Float32, g: Float32, momentum: Float32, s: StepScalars, steps: int, limbs: int) -> tuple[Float32, Float32]:
     momentum = momentum * F(s.momentum) + g
     update = g + momentum * F(s.momentum)
     rows, columns = p.shape
-    x = orthogonalize(update if rows <= columns else np.ascontiguousarray(update.T), np.sqrt(sum_of_squares(update)), steps, limbs)
+    x = orthogonalize(
+        update if rows <= columns else np.ascontiguousarray(update.T), np.sqrt(sum_of_squares(update)), steps, limbs
+    )
     p = p * F(s.muon_decay)
     return p - (x if rows <= columns else x.T) * F(s.muon_rate(rows, columns)), momentum
 

@@ -1,8 +1,8 @@
 """The inner loop in exact arithmetic: what `training.run_segment` is for native numerics, and the same bits everywhere.
 
 A `Trainer` takes the fastest backend that passes a self-test on this device and thread: two steps of a tiny model whose
-hash is known. Where none passes, this machine is refused. Memory beside what native training needs: two bytes per parameter for the weights' limbs, and for activations
-about as much as native keeps.
+hash is known. Where none passes, this machine is refused. Memory beside what native training needs: two bytes per
+parameter for the weights' limbs, and for activations about as much as native keeps.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import numpy.typing as npt
 import torch
 from blake3 import blake3
 
-from swarm_protocol.errors import InvalidDataError, UnsupportedPlatformError
+from swarm_protocol.errors import ConfigurationError, InvalidDataError, UnsupportedPlatformError
 from swarm_protocol.exact import rule
-from swarm_protocol.exact.backend import Backend, candidates
+from swarm_protocol.exact.backend import Backend, candidates, multiplies_exactly
 from swarm_protocol.exact.decoder import Decoder
 from swarm_protocol.exact.optimizer import Optimizer
 from swarm_protocol.exact.products import Products, Scratch
@@ -53,7 +53,13 @@ class Trainer:
         backend: Backend | None = None,
     ) -> None:
         self._spec, self._device = spec, torch.device(device)
-        grain = grain_sequences or rule.default_grain(spec.model)
+        model = spec.model
+        if model.num_attention_heads // model.num_key_value_heads * model.max_position_embeddings > rule.K_CUT:
+            raise ConfigurationError(
+                f"exact training takes at most {rule.K_CUT:,} query rows per key-value head: shorten "
+                "max_position_embeddings or raise num_key_value_heads"
+            )
+        grain = grain_sequences or rule.default_grain(model)
         wanted = micro_sequences or spec.training.micro_sequences
         self._micro = max(grain, wanted // grain * grain)
         backend = backend or trusted_backend(device)
@@ -166,7 +172,7 @@ def run_segment(
     return trainer.run(state, batch, stop, on_step=on_step, cancelled=cancelled)
 
 
-SELF_TEST_HASH = "0"
+SELF_TEST_HASH = "13fa650f1219bfed851ffe93fadef262ebe718cc5266e329706c464a919e0746"
 """What `self_test_hash` gives on every correct machine; tests hold it against the reference."""
 
 
@@ -183,7 +189,7 @@ def trusted_backend(device: str) -> Backend:
 def _trusted(device: str, _thread: int) -> Backend:
     for backend in candidates(device):
         try:
-            if self_test_hash(backend, device) == SELF_TEST_HASH:
+            if multiplies_exactly(backend.multiply, device) and self_test_hash(backend, device) == SELF_TEST_HASH:
                 return backend
         except (RuntimeError, NotImplementedError):  # a kernel that this device lacks
             continue
@@ -193,10 +199,16 @@ def _trusted(device: str, _thread: int) -> Backend:
 
 
 def self_test_hash(backend: Backend, device: str) -> str:
-    """The hash of a tiny model after two steps; its first gradients are partly subnormal numbers."""
+    """The hash of a tiny model after one step and after two; in the first, some squares of gradients are subnormal."""
     spec = self_test_spec()
-    state = Trainer(spec, device=device, grain_sequences=1, backend=backend).run(self_test_state(spec), self_test_batch, 2)
-    return blake3(state.parameters.tobytes() + state.moments.tobytes()).hexdigest()
+    trainer = Trainer(spec, device=device, grain_sequences=1, backend=backend)
+    first = trainer.run(self_test_state(spec), self_test_batch, 1)
+    second = trainer.run(first, self_test_batch, 2)
+    return hash_of_states(first, second)
+
+
+def hash_of_states(*states: TrainState) -> str:
+    return blake3(b"".join(state.parameters.tobytes() + state.moments.tobytes() for state in states)).hexdigest()
 
 
 def self_test_spec() -> RunSpec:
@@ -227,9 +239,9 @@ def self_test_spec() -> RunSpec:
 
 
 def self_test_state(spec: RunSpec) -> TrainState:
-    """Initial weights, of which the final gain is so small that gradients become subnormal."""
+    """Initial weights, of which the final gain is so small that squared gradients are subnormal."""
     parameters = llama.initial_parameters(spec.model, 0)
-    parameters[-spec.model.hidden_size :] = 2.0**-120
+    parameters[-spec.model.hidden_size :] = 2.0**-56
     return TrainState.initial(spec, parameters)
 
 

@@ -115,9 +115,7 @@ def attended_limbs(
     correction: Tensor,
     status: Tensor,
 ) -> None:
-    attention.attended_limbs(
-        *_arrays(out, d_out, column, v_e, r, rows, rows_e, columns, columns_e, correction, status)
-    )
+    attention.attended_limbs(*_arrays(out, d_out, column, v_e, r, rows, rows_e, columns, columns_e, correction, status))
 
 
 def softmax_gradient_limbs(
@@ -140,9 +138,7 @@ def softmax_gradient_limbs(
     )
 
 
-def place_gradients(
-    d_q: Tensor, d_k: Tensor, d_v: Tensor, cos: Tensor, sin: Tensor, head: int, d_qkv: Tensor
-) -> None:
+def place_gradients(d_q: Tensor, d_k: Tensor, d_v: Tensor, cos: Tensor, sin: Tensor, head: int, d_qkv: Tensor) -> None:
     attention.place_gradients(*_arrays(d_q, d_k, d_v, cos, sin, head, d_qkv))
 
 

@@ -74,7 +74,7 @@ class Exchange:
         self._post = post
         self._slices = parts.slices(spec)
         self._inboxes: dict[int, _Inbox] = defaultdict(_Inbox)
-        self._closed: set[int] = set()
+        self._closed = {part for part in range(len(self._slices)) if self._signed(part) is not None}
         self._partial_at = time.monotonic() + spec.rounds.exchange_s / 2
         committed = commitments.by_slot
         self._reducers = [seat.peer for slot, seat in enumerate(plan.roster) if seat.reducer and slot in committed]
@@ -85,8 +85,9 @@ class Exchange:
         try:
             async with asyncio.TaskGroup() as tasks:
                 for part in range(len(self._slices)):
-                    if self._ledger.find(self._spec.run_id, PartRecord.kind, self.plan.round, part) is not None:
-                        tasks.create_task(self._republish(part))
+                    envelope = self._signed(part)
+                    if envelope is not None:  # before a crash: its average is on disk, and not made again
+                        tasks.create_task(self._publish(envelope))
                 if mine is not None and mine.slot in self._commitments.by_slot:
                     gate = asyncio.Semaphore(PARALLEL)
                     for part in range(len(self._slices)):
@@ -99,7 +100,9 @@ class Exchange:
         """End all reducing."""
         for task in self._reducing.values():
             task.cancel()
-        await asyncio.gather(*self._reducing.values(), return_exceptions=True)
+        for outcome in await asyncio.gather(*self._reducing.values(), return_exceptions=True):
+            if isinstance(outcome, Exception):
+                log.warning("a part of round %d could not be reduced: %s", self.plan.round, outcome)
 
     # Sending
 
@@ -112,7 +115,8 @@ class Exchange:
         proof = mine.proof(part)
         for reducer in self.order(part)[:REDUCERS_TRIED]:
             if reducer == self._plane.identity.public_key:
-                self._accept(part, mine.slot, encoded)
+                with contextlib.suppress(RefusedError):  # closed: its record was signed before a crash
+                    self._accept(part, mine.slot, encoded)
                 return
             header: Header = {
                 "op": "deliver",
@@ -145,7 +149,9 @@ class Exchange:
         if call.size_bytes != expected:
             raise RefusedError(f"an encoded part of {expected} bytes was expected")
         encoded = await call.body(expected)
-        proof = tuple(bytes(step) for step in call.header["proof"])
+        proof = call.header["proof"]
+        if not isinstance(proof, list) or not all(isinstance(step, bytes) for step in proof):
+            raise RefusedError("a proof is a list of digests")
         root = merkle.root_from_proof(chunks.content_hash(encoded), part, len(self._slices), proof)
         if root != commitment.parts_root:
             raise RefusedError("the part is not the one that was committed to")
@@ -210,12 +216,9 @@ class Exchange:
         encode = codec.get(self._spec.exchange.codec).encode
         return encode(aggregation.result()), tuple(decoded)
 
-    async def _republish(self, part: int) -> None:
-        """A part record signed before a crash: its average is on disk and is published again, not made again."""
-        envelope = self._ledger.find(self._spec.run_id, PartRecord.kind, self.plan.round, part)
-        if envelope is not None:
-            self._closed.add(part)
-            await self._publish(envelope)
+    def _signed(self, part: int) -> Envelope | None:
+        """Our record of this part, if we ever signed one."""
+        return self._ledger.find(self._spec.run_id, PartRecord.kind, self.plan.round, part)
 
     async def _publish(self, envelope: Envelope) -> None:
         with contextlib.suppress(RefusedError):  # the exchange has closed without it, or the record is known

@@ -136,9 +136,9 @@ class PeerPlane:
             if "bootstrap peers" in str(error):
                 raise UnreachableError(f"no peer of the run answers on {', '.join(initial_peers)}") from error
             raise ConfigurationError(
-                f"the peer daemon does not start ({str(error) or 'it did not answer'}). Check that the ports {list(listen)} are"
-                f" free, that {_daemon_path(hivemind)} may be executed, that there is memory left, and that no other"
-                " swarm-node runs with this data directory."
+                f"the peer daemon does not start ({str(error) or 'it did not answer'})."
+                f" Check that the ports {list(listen)} are free, that {_daemon_path(hivemind)} may be executed, that there"
+                " is memory left, and that no other swarm-node runs with this data directory."
             ) from error
         try:
             dht = guarded_dht(

@@ -244,6 +244,12 @@ class RunSpec(_Section):
     def decode(cls, data: bytes) -> RunSpec:
         """Raises `ConfigurationError` if the bytes are canonical but no valid spec, `EncodingError` if not canonical."""
         value = encoding.decode(data, max_bytes=MAX_SPEC_BYTES)
+        protocol = value.get("protocol", PROTOCOL_VERSION) if isinstance(value, dict) else PROTOCOL_VERSION
+        if protocol != PROTOCOL_VERSION:
+            raise ConfigurationError(
+                f"the run speaks protocol {protocol!r:.20} and this software protocol {PROTOCOL_VERSION};"
+                " run: pip install --upgrade swarm-node"
+            )
         try:
             spec = cls.model_validate(value)
         except ValidationError as error:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from swarm_protocol import PROTOCOL_VERSION, __version__
+from swarm_protocol.identity import Identity
 
 SLOW = ("torch", "hivemind", "libp2p")
 
@@ -29,6 +31,7 @@ def run(*arguments: str) -> str:
         "swarm_protocol.spec",
         "swarm_protocol.signing",
         "swarm_protocol.client",
+        "swarm_node.joining",
     ],
 )
 def test_importing_it_loads_nothing_slow(module: str) -> None:
@@ -72,13 +75,16 @@ def test_the_version_names_software_and_protocol() -> None:
     assert run("-m", "swarm_node", "version").strip() == f"swarm-node {__version__}, protocol {PROTOCOL_VERSION}"
 
 
-def test_a_mistake_is_one_sentence_and_an_exit_code() -> None:
+def test_a_mistake_is_one_sentence_and_an_exit_code(tmp_path: Path) -> None:
+    Identity.generate().save(tmp_path / "identity")
+    (tmp_path / "identity").chmod(0o644)
     answer = subprocess.run(
-        [sys.executable, "-m", "swarm_node", "join", "http://127.0.0.1:1", "--cheat", "none-such"],
+        [sys.executable, "-m", "swarm_node", "join", "http://127.0.0.1:1", "--data-dir", str(tmp_path)],
         capture_output=True,
         text=True,
         timeout=60,
     )
     assert answer.returncode == 2
-    assert answer.stderr.startswith("swarm-node: no cheat is called 'none-such'")
+    assert answer.stderr.startswith("swarm-node: the identity file ")
+    assert f"chmod 600 {tmp_path}" in answer.stderr
     assert "Traceback" not in answer.stderr

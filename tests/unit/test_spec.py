@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarm_protocol import encoding
+from swarm_protocol import PROTOCOL_VERSION, encoding
 from swarm_protocol.errors import ConfigurationError, EncodingError
 from swarm_protocol.spec import (
     MAX_PARAMETERS,
@@ -60,6 +60,8 @@ def run_spec(**fields: Any) -> RunSpec:
             fixed_steps=True,
             segment_steps=5,
             precision="float32",
+            limbs=2,
+            grain_sequences=None,
             optimizer=OptimizerSpec(
                 name="muon",
                 lr=0.03,
@@ -217,11 +219,6 @@ def test_bytes_that_are_not_canonical_or_too_many_are_refused() -> None:
             RunSpec.decode(raw)
 
 
-def test_a_spec_of_a_newer_protocol_can_be_read_and_told_apart() -> None:
-    newer = run_spec(protocol=99)
-    assert RunSpec.decode(newer.encode()).protocol == 99
-
-
 @pytest.mark.parametrize(
     ("toml", "field", "allowed"),
     [
@@ -326,3 +323,9 @@ def test_the_number_of_parameters_follows_from_the_shapes(model: ModelSpec, para
 
 def test_a_step_has_as_many_tokens_as_its_sequences() -> None:
     assert SPEC.tokens_per_step == 8 * 128
+
+
+def test_a_spec_of_another_protocol_names_the_upgrade_command() -> None:
+    data = encoding.encode({"protocol": PROTOCOL_VERSION + 1, "something": "new"})
+    with pytest.raises(ConfigurationError, match="pip install --upgrade swarm-node"):
+        RunSpec.decode(data)

@@ -11,6 +11,7 @@ all sequences, R rows (group, position) of one of them, L limbs.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +24,8 @@ from swarm_protocol.exact.products import Limbs, Products, Scratch
 from swarm_protocol.exact.reference import sum_by_halves
 from swarm_protocol.model.llama import parameter_shapes
 from swarm_protocol.spec import ModelSpec
+
+Observe = Callable[[str, Tensor], None]
 
 EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 
@@ -73,8 +76,11 @@ class Decoder:
         *,
         limbs: int,
         grain_sequences: int,
+        observe: Observe | None = None,
     ) -> None:
+        """`observe` is told the name of every operator and its result, in the order of the computation."""
         self._model, self._products, self._passes, self._scratch = model, products, passes, scratch
+        self._observe = observe or (lambda _name, _result: None)
         self._limbs, self._status = limbs, status
         self._positions = model.max_position_embeddings
         self._grain = grain_sequences * self._positions
@@ -104,6 +110,7 @@ class Decoder:
         share, keep = rule.f32(1.0 / divisor), not first
         x = self._scratch.floats("embedded", count, model.hidden_size)
         torch.index_select(self._parameters[EMBEDDING], 0, inputs, out=x)
+        self._observe("embedding", x)
         layers = []
         for index in range(model.num_hidden_layers):
             x, layer = self._layer(index, x)
@@ -112,18 +119,23 @@ class Decoder:
         r, normed = self._norm("final", x, FINAL_NORM)
         logits = self._scratch.floats("logits", count, model.vocab_size)
         self._linear(normed, self._head, logits)
+        self._observe("head", logits)
         losses = self._scratch.floats("losses", count)
         passes.cross_entropy(logits, targets, share, losses)
+        self._observe("cross-entropy", losses)
+        self._observe("cross-entropy, gradient", logits)
         dx = self._scratch.floats("dx", count, model.hidden_size)
         dx.zero_()
         dy = self._linear_gradient(logits, normed, self._head, keep)
         self._norm_gradient(dy, x, r, FINAL_NORM, dx, keep)
+        self._observe("head and final norm, gradient", dx)
         for index in reversed(range(model.num_hidden_layers)):
             self._layer_gradient(index, layers[index], dx, keep)
         looked_up = self._looked_up()
         for start in range(0, count, self._grain):
             part = slice(start, start + self._grain)
             passes.embedding_gradient(dx[part], inputs[part], looked_up, keep or start > 0, self._status)
+        self._observe("embedding, gradient of the weight", looked_up)
         found = losses.cpu().numpy()
         with np.errstate(invalid="ignore", over="ignore"):  # the caller refuses a loss that is not finite
             return [
@@ -149,22 +161,27 @@ class Decoder:
         r1, normed1 = self._norm(f"{name} first", x, f"{name}.input_layernorm.weight")
         width = model.hidden_size + 2 * model.num_key_value_heads * model.head_dim
         qkv = self._linear(normed1, f"{name}.self_attn.qkv", floats("qkv", count, width))
+        self._observe(f"{name}: q, k, v", qkv)
         heads = self._heads(name, qkv)
         attended = self._attend(heads, floats(f"{name} attended", count, model.hidden_size))
+        self._observe(f"{name}: attention", attended)
         attended_limbs = self._scratch.limbs(f"{name} attended", limbs, count, model.hidden_size)
         self._passes.limbs(attended, attended_limbs.planes, attended_limbs.e, self._status)
         middle = floats(f"{name} middle", count, model.hidden_size)
         middle.copy_(x)
         self._linear(attended_limbs, f"{name}.self_attn.o_proj.weight", middle, keep=1.0)
+        self._observe(f"{name}: o_proj", middle)
 
         r2, normed2 = self._norm(f"{name} second", middle, f"{name}.post_attention_layernorm.weight")
         gate_up = floats(f"{name} gate and up", count, 2 * model.intermediate_size)
         self._linear(normed2, f"{name}.mlp.gate_up", gate_up)
+        self._observe(f"{name}: gate and up", gate_up)
         activated = self._scratch.limbs(f"{name} activated", limbs, count, model.intermediate_size)
         self._passes.swiglu_limbs(gate_up, activated.planes, activated.e, self._status)
         out = floats(f"{name} out", count, model.hidden_size)
         out.copy_(middle)
         self._linear(activated, f"{name}.mlp.down_proj.weight", out, keep=1.0)
+        self._observe(f"{name}: down_proj", out)
         kept = _Layer(x, r1, normed1, heads, attended, attended_limbs, middle, r2, normed2, gate_up, activated)
         return out, kept
 
@@ -172,13 +189,19 @@ class Decoder:
         """From the gradient of the layer's output in dx to that of its input."""
         name = f"model.layers.{index}"
         d_activated = self._linear_gradient(dx, layer.activated, f"{name}.mlp.down_proj.weight", keep)
+        self._observe(f"{name}: down_proj, gradient", d_activated)
         self._passes.swiglu_gradient(d_activated, layer.gate_up)
+        self._observe(f"{name}: SwiGLU, gradient", layer.gate_up)
         dy = self._linear_gradient(layer.gate_up, layer.normed2, f"{name}.mlp.gate_up", keep)
         self._norm_gradient(dy, layer.middle, layer.r2, f"{name}.post_attention_layernorm.weight", dx, keep)
+        self._observe(f"{name}: second norm, gradient", dx)
         d_attended = self._linear_gradient(dx, layer.attended_limbs, f"{name}.self_attn.o_proj.weight", keep)
+        self._observe(f"{name}: o_proj, gradient", d_attended)
         d_qkv = self._attend_gradient(layer.heads, layer.attended, d_attended)
+        self._observe(f"{name}: attention, gradient", d_qkv)
         dy = self._linear_gradient(d_qkv, layer.normed1, f"{name}.self_attn.qkv", keep)
         self._norm_gradient(dy, layer.x, layer.r1, f"{name}.input_layernorm.weight", dx, keep)
+        self._observe(f"{name}: first norm, gradient", dx)
 
     # --- Linear layers and norms
 
@@ -203,6 +226,7 @@ class Decoder:
             part = slice(index * self._grain, (index + 1) * self._grain)
             kept = 1.0 if keep or index else 0.0
             self._products(columns[:, part].mT, columns_e[index], x.planes[:, part], None, gradient, keep=kept)
+        self._observe(f"{key}: gradient of the weight", gradient)
         dx = self._scratch.floats("gradient of x", count, weight.planes.shape[2])
         self._products(rows.planes, rows.e, weight.planes, None, dx)
         return dx
@@ -218,6 +242,7 @@ class Decoder:
 
     def _norm_gradient(self, dy: Tensor, x: Tensor, r: Tensor, gain: str, dx: Tensor, keep: bool) -> None:
         self._passes.norm_gradient(dy, x, r, self._parameters[gain], self._grain, dx, self._gradients[gain], keep)
+        self._observe(f"{gain}: gradient of the weight", self._gradients[gain])
 
     # --- Attention, one key-value head of one sequence at a time
 

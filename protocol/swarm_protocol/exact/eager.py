@@ -243,9 +243,10 @@ def _visible(scores: Tensor) -> Tensor:
 def softmax_limbs(s: Tensor, q_e: Tensor, k_e: Tensor, scale: float, planes: Tensor, r: Tensor) -> None:
     bits = rule.fraction_bits(len(planes))
     scores = _value(s, q_e, k_e) * scale
-    visible = _visible(scores)
-    largest = scores.masked_fill(~visible, -torch.inf).amax(1)
-    p = _exp(scores - largest[:, None]).masked_fill(~visible, 0.0) * 2.0**bits
+    hidden = ~_visible(scores)
+    scores = scores.masked_fill(hidden, -torch.inf)
+    largest = scores.amax(1)
+    p = _exp(scores - largest[:, None]).masked_fill(hidden, 0.0) * 2.0**bits
     _digits(p, torch.ones_like(largest)[:, None], planes)
     total = _whole(p).sum(1, dtype=torch.int64).float()
     nan = torch.full_like(largest, torch.nan)

@@ -25,7 +25,12 @@ _FLOAT_RUN = 1 << 12
 
 
 def multiply_int8(a: Tensor, b: Tensor, out: Tensor) -> None:
-    torch._int_mm(a, b, out=out)
+    if (
+        1 in a.shape or 1 in b.shape
+    ):  # torch 2.13 takes such a matrix's strides for those of a transpose, and misreads it
+        multiply_float(a, b, out)
+    else:
+        torch._int_mm(a, b, out=out)
 
 
 def multiply_float(a: Tensor, b: Tensor, out: Tensor) -> None:

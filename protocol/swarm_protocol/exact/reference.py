@@ -242,7 +242,8 @@ class Attention:
         """Unnormalised weights as integers of `fraction_bits` bits [G·S, S], and the reciprocal of their row sums."""
         limbs, bits = self.limbs, rule.fraction_bits(self.limbs)
         s = product(self.q.limbs(limbs), self.q.e, [limb.T for limb in self.k.limbs(limbs)], self.k.e) * F(self.scale)
-        largest = np.where(self._visible(), s, F(-np.inf)).max(axis=1, keepdims=True)
+        s = np.where(self._visible(), s, F(-np.inf))
+        largest = s.max(axis=1, keepdims=True)
         if not (largest < np.inf).all():
             raise NonFiniteError("an attention score of exact training is infinite; a lower learning rate may help")
         p = exp(s - largest) * F(2**bits)
@@ -285,7 +286,8 @@ def swiglu(gate: Float32, up: Float32) -> Float32:
 
 def swiglu_gradient(dy: Float32, gate: Float32, up: Float32) -> tuple[Float32, Float32]:
     s = sigmoid(gate)
-    d_gate: Float32 = ((dy * up) * s) * (F(1) + gate * (F(1) - s))
+    slope: Float32 = F(1) - s
+    d_gate: Float32 = ((dy * up) * s) * (F(1) + gate * slope)
     d_up: Float32 = dy * (gate * s)
     return d_gate, d_up
 

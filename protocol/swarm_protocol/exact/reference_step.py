@@ -49,7 +49,7 @@ def step(
 ) -> tuple[Float32, Float32, float]:
     """Inner step number `step` of a round: new parameters and moments, both flat, and the loss in nats per token."""
     grain = grain_sequences or rule.default_grain(spec.model)
-    by_name = _split(spec.model, parameters)
+    by_name = split(spec.model, parameters)
     gradients, loss = backward(spec.model, by_name, tokens, limbs=limbs, grain_sequences=grain)
     return *optimize(spec, by_name, moments, gradients, step, limbs=limbs), loss
 
@@ -256,7 +256,7 @@ def times_itself(a: Operand, limbs: int) -> Float32:
     return product(digits, a.e, [limb.T for limb in digits], a.e)
 
 
-def _split(model: ModelSpec, flat: Float32) -> Tensors:
+def split(model: ModelSpec, flat: Float32) -> Tensors:
     found, offset = {}, 0
     for name, shape in parameter_shapes(model).items():
         found[name] = flat[offset : offset + math.prod(shape)].reshape(shape)

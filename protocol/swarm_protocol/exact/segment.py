@@ -20,7 +20,7 @@ from blake3 import blake3
 from swarm_protocol.errors import ConfigurationError, InvalidDataError, UnsupportedPlatformError
 from swarm_protocol.exact import rule
 from swarm_protocol.exact.backend import Backend, candidates, multiplies_exactly
-from swarm_protocol.exact.decoder import Decoder
+from swarm_protocol.exact.decoder import Decoder, Observe
 from swarm_protocol.exact.optimizer import Optimizer
 from swarm_protocol.exact.products import Products, Scratch
 from swarm_protocol.model import llama
@@ -51,7 +51,9 @@ class Trainer:
         grain_sequences: int | None = None,
         micro_sequences: int | None = None,
         backend: Backend | None = None,
+        observe: Observe | None = None,
     ) -> None:
+        """`observe` is told every operator and its result in the order of the computation, for `bisect`."""
         self._spec, self._device = spec, torch.device(device)
         model = spec.model
         if model.num_attention_heads // model.num_key_value_heads * model.max_position_embeddings > rule.K_CUT:
@@ -78,6 +80,7 @@ class Trainer:
             self._status,
             limbs=limbs,
             grain_sequences=grain,
+            observe=observe,
         )
         self._optimizer = Optimizer(
             spec.model,

@@ -1,0 +1,87 @@
+"""Where two exact computations part: the first differing step, and in it the first differing layer and operator.
+
+A dispute between a node and an auditor narrows to one operator on a few thousand numbers, which anybody can then recompute
+with `reference`. Two honest machines never differ at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from blake3 import blake3
+
+from swarm_protocol.exact import rule
+from swarm_protocol.exact.segment import Trainer
+from swarm_protocol.spec import RunSpec
+from swarm_protocol.training import Tokens, TrainState
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One operator's result: `grain` counts from 0, `operator` names layer and operator, `digest` is a BLAKE3 hash."""
+
+    grain: int
+    operator: str
+    digest: bytes
+
+
+def first_differing_step(ours: Callable[[int], bytes], theirs: Callable[[int], bytes], start: int, stop: int) -> int:
+    """The step whose result differs first, by bisection over state roots; each is asked for O(log(stop - start)) of them.
+
+    A root is that of the state before the step of its number; those of `start` are equal and those of `stop` differ.
+
+    Raises:
+        ValueError: the roots of `start` differ, or those of `stop` are equal.
+    """
+    if ours(start) != theirs(start) or ours(stop) == theirs(stop):
+        raise ValueError("a bisection starts from equal states and ends with different ones")
+    while stop - start > 1:
+        middle = (start + stop) // 2
+        if ours(middle) == theirs(middle):
+            start = middle
+        else:
+            stop = middle
+    return start
+
+
+def observe_step(
+    spec: RunSpec,
+    state: TrainState,
+    tokens: Tokens,
+    *,
+    device: str = "cpu",
+    limbs: int = 2,
+    grain_sequences: int | None = None,
+) -> list[Observation]:
+    """Every operator of the inner step that follows `state`, grain by grain, and last of all the new state.
+
+    Raises:
+        As `run_segment`.
+    """
+    found: list[Observation] = []
+    grain = -1
+
+    def observe(operator: str, result: torch.Tensor) -> None:
+        nonlocal grain
+        grain += operator == "embedding"
+        digest = blake3(result.detach().cpu().contiguous().numpy().tobytes()).digest()
+        found.append(Observation(grain, operator, digest))
+
+    sequences = grain_sequences or rule.default_grain(spec.model)
+    trainer = Trainer(
+        spec, device=device, limbs=limbs, grain_sequences=sequences, micro_sequences=sequences, observe=observe
+    )
+    end = trainer.run(state, lambda _: tokens, state.step + 1)
+    for operator, vector in (("optimizer, parameters", end.parameters), ("optimizer, moments", end.moments)):
+        found.append(Observation(grain, operator, blake3(vector.tobytes()).digest()))
+    return found
+
+
+def first_differing_operator(ours: Sequence[Observation], theirs: Sequence[Observation]) -> Observation | None:
+    """The first of our observations that theirs contradict or lack; None where all are equal."""
+    for index, one in enumerate(ours):
+        if index >= len(theirs) or theirs[index] != one:
+            return one
+    return None

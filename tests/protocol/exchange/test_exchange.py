@@ -1,0 +1,198 @@
+"""Parts to their reducers and averages back: everybody ends with the same bytes, whoever is missing."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any, cast
+
+import numpy as np
+import pytest
+
+from swarm_node.exchange import fetch_averages
+from swarm_protocol import chunks, codec, parts
+from swarm_protocol.client import CoordinatorClient, SealedRound
+from swarm_protocol.errors import HashMismatchError, RefusedError, UnreachableError
+from swarm_protocol.identity import Identity
+from swarm_protocol.peers import Answer, Call
+from swarm_protocol.records import PartRecord
+
+# hivemind's ways; see test_peers.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning"),
+]
+
+Begin = Callable[..., Any]
+
+NODES = 3
+PARTS = 3
+ROUND = 2
+
+
+class Source:
+    """The coordinator as a last source of chunks."""
+
+    def __init__(self, *blobs: bytes) -> None:
+        self._blobs = {chunks.content_hash(blob): blob for blob in blobs}
+        self.asked = 0
+
+    async def chunk(self, digest: bytes, *, max_bytes: int) -> bytes:
+        self.asked += 1
+        if digest not in self._blobs:
+            raise HashMismatchError("the coordinator has other bytes")
+        assert len(self._blobs[digest]) <= max_bytes
+        return self._blobs[digest]
+
+
+def fetch(round: Any, sealed: SealedRound, source: Source, slot: int = 0) -> list[bytes | None]:
+    node = round.nodes[slot]
+    averages = fetch_averages(
+        round.spec, sealed, plane=node.plane, client=cast(CoordinatorClient, source), evidence=node.evidence
+    )
+    return list(round.swarm.run(averages))
+
+
+# The exchange as it should be
+
+
+@pytest.mark.parametrize("codec_name", ["none", "int4"])
+def test_everybody_ends_with_the_bytes_that_one_would_compute_alone(begin: Begin, codec_name: codec.Name) -> None:
+    round = begin(codec_name)
+    published = round.exchange_everything()
+    everyone = tuple(range(NODES))
+    averages = [round.mean(part, *everyone) for part in range(PARTS)]
+    for part, (_, record) in published.items():
+        assert (record.slots, record.sequence, record.round) == (everyone, part, ROUND)
+        assert record.commitment_set == round.commitments.closing.hash
+        assert record.result == chunks.content_hash(averages[part])
+        assert record.size_bytes == len(averages[part])
+    for slot in everyone:
+        assert fetch(round, round.sealed(published), Source(), slot) == averages
+    assert len(round.posted) == PARTS
+
+
+def test_a_part_is_reduced_by_the_first_in_its_rendezvous_order(begin: Begin) -> None:
+    round = begin()
+    keys = [seat.peer for seat in round.plan.roster]
+    expected = [keys[parts.rendezvous(round.plan.previous_beacon, part, keys)[0]] for part in range(PARTS)]
+    assert [round.nodes[0].exchange().order(part)[0] for part in range(PARTS)] == expected
+    assert {part: key for part, (key, _) in round.exchange_everything().items()} == dict(enumerate(expected))
+
+
+def test_a_slot_that_did_not_commit_or_may_not_reduce_is_no_reducer(begin: Begin) -> None:
+    round = begin()
+    silent = round.nodes[1]
+    del round.commitments.by_slot[silent.slot]
+    assert silent.plane.identity.public_key not in round.nodes[0].exchange().order(0)
+    seats = [seat.model_copy(update={"reducer": slot != 2}) for slot, seat in enumerate(round.plan.roster)]
+    round.plan = round.plan.model_copy(update={"roster": tuple(seats)})
+    assert round.nodes[0].exchange().order(0) == [round.nodes[0].plane.identity.public_key]
+
+
+# Somebody is missing
+
+
+def test_a_sender_that_is_missing_is_left_out_after_half_of_the_time(begin: Begin) -> None:
+    round = begin(exchange_s=2.0)
+    started = time.monotonic()
+    published = round.go(0, 2, until=lambda: round.published(PARTS))
+    assert 0.9 < time.monotonic() - started < 10
+    for part, (_, record) in published.items():
+        assert record.slots == (0, 2)
+        assert record.result == chunks.content_hash(round.mean(part, 0, 2))
+
+
+def test_a_reducer_that_is_gone_is_replaced_by_the_next_one(begin: Begin) -> None:
+    round = begin(exchange_s=2.0, ghost=True)
+    order = round.nodes[0].exchange().order
+    ghost = round.plan.roster[NODES].peer
+    orphaned = [part for part in range(PARTS) if order(part)[0] == ghost]
+    assert orphaned
+    published = round.go(0, 1, 2, until=lambda: round.published(PARTS))
+    for part, (key, record) in published.items():
+        assert key == order(part)[1 if part in orphaned else 0]
+        assert record.slots == (0, 1, 2)
+        assert record.result == chunks.content_hash(round.mean(part, 0, 1, 2))
+
+
+def test_a_committed_part_that_does_not_decode_is_left_out(begin: Begin) -> None:
+    round = begin("none")
+    liar = round.nodes[1]
+    nan = np.full(parts.encoded_part_bytes(round.spec, 0) // 4, np.nan, np.float32).tobytes()
+    liar.mine.part_path(0).write_bytes(nan)
+    hashes = (chunks.content_hash(nan), *liar.mine.part_hashes[1:])
+    object.__setattr__(liar.mine, "part_hashes", hashes)
+    round.commitments.by_slot[1] = liar.mine.commitment(round.spec, round.plan, bytes(32))
+    published = round.exchange_everything()
+    assert published[0][1].slots == (0, 2)
+    assert published[0][1].result == chunks.content_hash(round.mean(0, 0, 2))
+    assert published[1][1].slots == (0, 1, 2)
+
+
+# After a crash
+
+
+def test_a_restarted_reducer_publishes_what_it_signed_and_makes_nothing_anew(begin: Begin) -> None:
+    round = begin()
+    published = round.exchange_everything()
+    before = sorted(envelope.encode() for envelope in round.posted)
+    averages = [round.mean(part, 0, 1, 2) for part in range(PARTS)]
+    for node in round.nodes:
+        node.ledger.close()
+        node.start()
+    round.posted.clear()
+
+    async def settled() -> None:
+        await round.published(PARTS)
+        await asyncio.sleep(0.3)  # a delivery to a closed part leaves no trace to wait for
+
+    # Deliveries come again; over fewer senders, a second average would be another one.
+    round.go(0, 1, until=settled)
+    assert sorted(envelope.encode() for envelope in round.posted) == before
+    assert fetch(round, round.sealed(published), Source()) == averages
+
+
+# Fetching the averages
+
+
+def test_a_missing_part_is_fetched_from_nobody(begin: Begin) -> None:
+    round = begin()
+    published = round.exchange_everything()
+    del published[1]
+    source = Source()
+    averages = fetch(round, round.sealed(published), source)
+    assert averages[1] is None
+    assert averages[0] == round.mean(0, 0, 1, 2)
+    assert source.asked == 0
+
+
+@pytest.mark.parametrize("fault", ["gone", "other bytes", "too many bytes", "refuses"])
+def test_an_average_comes_from_the_coordinator_where_its_reducer_fails(begin: Begin, fault: str) -> None:
+    round = begin()
+    average = round.mean(0, 0, 1, 2)
+    record = PartRecord(
+        run=round.spec.run_id,
+        round=ROUND,
+        part=0,
+        commitment_set=bytes(32),
+        result=chunks.content_hash(average),
+        size_bytes=len(average),
+        slots=(0, 1, 2),
+    )
+    reducer = Identity.generate().public_key if fault == "gone" else round.nodes[1].plane.identity.public_key
+
+    async def get(call: Call) -> Answer:
+        if fault == "refuses":
+            raise RefusedError("nothing of that hash is kept here")
+        return Answer({}, bytes(len(average) + (fault == "too many bytes")))
+
+    round.swarm.served[round.nodes[1].plane.identity.public_key]["get"] = get
+    sealed = round.sealed({0: (reducer, record)})
+    source = Source(average)
+    assert fetch(round, sealed, source) == [average, None, None]
+    assert source.asked == 1
+    with pytest.raises(UnreachableError):
+        fetch(round, sealed, Source())

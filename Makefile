@@ -2,7 +2,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-SOURCES := node coordinator protocol tests benchmarks
 
 .PHONY: demo test test-swarm lint check clean
 
@@ -16,8 +15,8 @@ test-swarm: .venv/dev.stamp
 	$(BIN)/python -m pytest -m swarm
 
 lint: .venv/dev.stamp
-	$(BIN)/ruff check $(SOURCES)
-	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 check: lint test test-swarm

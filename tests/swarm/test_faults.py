@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+
+from swarm_protocol import chunks
 
 pytestmark = pytest.mark.swarm
 
@@ -114,3 +117,36 @@ def test_ctrl_c_finishes_the_contribution_and_loses_nothing(start_run: Start) ->
     assert left["contributions"] == started + 1
     assert not status["audits"]["unavailable"]
     assert run.roots("a", "b") == {status["checkpoint"]["root"]}
+
+
+def test_a_node_whose_checkpoint_differs_fetches_the_right_one_and_says_so(start_run: Start) -> None:
+    run = start_run(rounds=4, min_nodes=2, max_nodes=2, presence_s=4.0)
+    run.serve()
+    for name in ("a", "b"):
+        run.join(name)
+    run.reaches(1)
+    run.nodes["b"].signal(signal.SIGKILL)
+    run.nodes["b"].wait(10)
+    # Another checkpoint of the same round, whole in itself: only the coordinator's root tells that it is wrong.
+    folder = next((run.folder / "b" / "runs").iterdir())
+    pointer = json.loads((folder / "checkpoint.json").read_text())
+    state = bytearray((folder / f"checkpoint-{pointer['root']}").read_bytes())
+    state[0] ^= 1
+    pointer["root"] = chunks.manifest_of(bytes(state)).root.hex()
+    (folder / f"checkpoint-{pointer['root']}").write_bytes(state)
+    (folder / "checkpoint.json").write_text(json.dumps(pointer))
+    run.join("b")
+    status = run.ends()
+    assert run.roots("a", "b") == {status["checkpoint"]["root"]}
+    assert "every chunk verified" in run.nodes["b"].last_lines(100).split("Joined", 2)[-1]
+
+
+def test_a_second_ctrl_c_stops_at_once(start_run: Start) -> None:
+    run = start_run(rounds=50, min_nodes=1, max_nodes=1)
+    run.serve()
+    run.join("a")
+    run.until(lambda: run.node("a").get("state") == "training", what="a trains")
+    run.nodes["a"].signal(signal.SIGINT)
+    run.until(lambda: "press Ctrl-C again" in run.nodes["a"].last_lines(), what="a has heard the first")
+    run.nodes["a"].signal(signal.SIGINT)
+    assert run.nodes["a"].wait(10) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
 from typing import Any, cast
 
 import numpy as np
@@ -29,6 +30,15 @@ numbers = st.one_of(
     st.sampled_from([0.0, -0.0, 2.0**-149, -(2.0**-130), 2.0**-126, 1.0, -1.0]),
 )
 examples = settings(max_examples=25, deadline=None)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Beside other work, two threads that wait for each other are many times slower."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module", params=["eager", "compiled"])

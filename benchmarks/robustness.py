@@ -84,7 +84,7 @@ def _alie(honest: Float32, _: np.random.Generator) -> Float32:
 
 
 def _random(honest: Float32, rng: np.random.Generator) -> Float32:
-    noise = rng.standard_normal(honest.shape[1], dtype=np.float32)
+    noise = np.asarray(rng.standard_normal(honest.shape[1]), np.float32)
     return _times(noise, float(3 * np.mean(np.linalg.norm(honest, axis=1)) / np.linalg.norm(noise)))
 
 
@@ -162,20 +162,32 @@ def _write(path: Path, blob: bytes) -> None:
     path.write_bytes(blob)
 
 
-def final_loss(bench: Bench, name: aggregate.Name, attack: Attack | None) -> float:
-    """Held-out loss in nats per token after all rounds; infinite where the run left the finite numbers."""
+@dataclass(frozen=True)
+class Outcome:
+    """Held-out loss in nats per token after all rounds, infinite where the run left the finite numbers; and the share of
+    the weight that attackers had in the aggregates, on average over the rounds."""
+
+    loss: float
+    attackers_share: float
+
+
+def play(bench: Bench, name: aggregate.Name, attack: Attack | None) -> Outcome:
+    """All rounds of one cell of the table."""
     here = bench.start
     cursor = 0
+    shares: list[float] = []
     try:
         for round_number in range(bench.spec.rounds.count):
             plan = _plan(bench.spec, round_number, cursor)
             cursor += data.windows_used(bench.spec, plan)
             encoded, forged = _contributions(bench, plan, here, attack)
-            averages = _exchange(bench, plan, name, encoded, forged)
+            chosen, averages = _exchange(bench, plan, name, encoded, forged)
+            shares.append(sum(chosen.get(slot, 0) for slot in ATTACKERS if attack) / sum(chosen.values()))
             here = checkpoint.advance(bench.spec, here, averages)
-        return bench.trainer.evaluate(here.parameters, data.held_out_batches(bench.spec, bench.dataset))
+        loss = bench.trainer.evaluate(here.parameters, data.held_out_batches(bench.spec, bench.dataset))
     except SwarmError:
-        return math.inf
+        loss = math.inf
+    return Outcome(loss, round(sum(shares) / len(shares), 4))
 
 
 def _plan(spec: RunSpec, round_number: int, cursor: int) -> RoundPlan:
@@ -215,8 +227,8 @@ def _exchange(
     name: aggregate.Name,
     encoded: Mapping[int, list[bytes]],
     forged: Mapping[int, list[bytes]],
-) -> list[bytes | None]:
-    """The encoded average of every part, from the slots that are sound and selected."""
+) -> tuple[dict[int, int], list[bytes | None]]:
+    """The slots that are sound and selected, with their weights, and the encoded average of every part."""
     spec = bench.spec
     decoded: dict[int, list[Float32]] = {}
     for slot, blobs in sorted(encoded.items()):
@@ -240,7 +252,7 @@ def _exchange(
         for slot in chosen:
             under_way.add(slot, decoded[slot][part])
         averages.append(codec.get(spec.exchange.codec).encode(under_way.result()))
-    return averages
+    return chosen, averages
 
 
 def main() -> None:
@@ -270,19 +282,28 @@ def main() -> None:
             file=out,
         )
         table: dict[str, dict[str, float | None]] = {}
-        clean = final_loss(bench, "mean", None)
+        shares: dict[str, dict[str, float]] = {}
+        unhindered = play(bench, "mean", None)
+        clean = unhindered.loss
         for name in names:
-            table[name] = {}
+            table[name], shares[name] = {}, {}
             for label, attack in attacks.items():
                 if attack is not None and attack.forges_sketches and not aggregate.needs_sketches(name, SLOTS):
                     continue  # there is nothing to forge: it is the sign flip
-                loss = clean if (name, attack) == ("mean", None) else final_loss(bench, name, attack)
-                table[name][label] = loss if math.isfinite(loss) else None
-                print(f"{name:17} {label:19} {loss:8.4f}  {100 * (loss / clean - 1):+9.2f} %", file=out, flush=True)
+                found = unhindered if (name, attack) == ("mean", None) else play(bench, name, attack)
+                table[name][label] = found.loss if math.isfinite(found.loss) else None
+                shares[name][label] = found.attackers_share
+                percent = 100 * (found.loss / clean - 1)
+                print(
+                    f"{name:17} {label:19} {found.loss:8.4f} {percent:+9.2f} %  attackers {found.attackers_share:.3f}",
+                    file=out,
+                    flush=True,
+                )
     result: dict[str, Any] = {
         "clean": clean,
         "before": before,
         "final_loss": table,
+        "attackers_share": shares,
         "default": DEFAULT,
         "default_within_percent": _worst_percent(table.get(DEFAULT), clean),
         "wall_s": round(time.perf_counter() - began, 1),

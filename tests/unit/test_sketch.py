@@ -143,6 +143,16 @@ def test_an_encoding_is_decoded_again_or_refused() -> None:
             sketch.decode(bad)
 
 
+@given(data=st.one_of(st.binary(max_size=64), st.binary(min_size=4096, max_size=4096)))
+def test_whatever_arrives_is_a_sketch_or_is_refused(data: bytes) -> None:
+    try:
+        found = sketch.decode(data)
+    except InvalidDataError:
+        return
+    assert np.isfinite(found).all()
+    assert sketch.encode(found) == data
+
+
 def test_a_sender_signs_the_merkle_root_of_its_sketches() -> None:
     encoded = [sketch.encode(of(np.full(10, part, np.float32), part)) for part in range(5)]
     hashes = [chunks.content_hash(data) for data in encoded]

@@ -307,6 +307,7 @@ def main() -> None:
         "default": DEFAULT,
         "default_within_percent": _worst_percent(table.get(DEFAULT), clean),
         "wall_s": round(time.perf_counter() - began, 1),
+        "cpu_s": round(time.process_time(), 1),
     }
     if options.json:
         print(json.dumps(result))

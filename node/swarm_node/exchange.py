@@ -210,7 +210,10 @@ class Exchange:
                 log.warning("slot %d sent a part that it committed to and that does not decode: %s", slot, error)
         weights = {slot: self.plan.roster[slot].weight for slot in decoded}
         where = self._slices[part]
-        aggregation = aggregate.start(self._spec.exchange.aggregator, weights, where.stop - where.start)
+        exchange = self._spec.exchange
+        aggregation = aggregate.start(
+            exchange.aggregator, weights, where.stop - where.start, trim_fraction=exchange.trim_fraction
+        )
         for slot, values in decoded.items():
             aggregation.add(slot, values)
         encode = codec.get(self._spec.exchange.codec).encode

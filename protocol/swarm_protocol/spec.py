@@ -138,7 +138,16 @@ class OuterSpec(_Section):
 class ExchangeSpec(_Section):
     parts: int = Field(8, ge=1, le=1 << 16)
     codec: Literal["none", "int8", "int4"] = "int4"
-    aggregator: Literal["mean"] = "mean"
+    aggregator: Literal["mean", "trimmed_mean", "median", "multi_krum", "geometric_median", "centered_clip"] = "mean"
+    trim_fraction: float = Field(
+        0.2, ge=0.0, lt=0.5, description="share of the slots that trimmed_mean leaves out at either end"
+    )
+    clip_radius: float = Field(
+        1.0,
+        ge=0.01,
+        le=100.0,
+        description="radius of centered_clip over the typical distance of slots from their centre",
+    )
     max_norm: float = Field(1e4, gt=0.0, le=1e12, description="L2 bound of an averaged part; one above it is missing")
     weight_cap_tokens: int = Field(1 << 20, ge=1, le=1 << 24, description="a slot weighs at most this many tokens")
     weight_after: int = Field(0, ge=0, le=1000, description="accepted contributions before an identity has weight (k)")
@@ -198,6 +207,13 @@ class RunConfig(_Section):
     outer: OuterSpec = OuterSpec()
     rounds: RoundsSpec = RoundsSpec()
     audit: AuditSpec = AuditSpec()
+
+    @model_validator(mode="after")
+    def _exchange_can_carry_it(self) -> Self:
+        name = self.exchange.aggregator
+        if name not in ("mean", "trimmed_mean", "median"):
+            raise ValueError(f"exchange.aggregator {name} needs sketches, which the exchange does not carry yet")
+        return self
 
     @classmethod
     def from_toml(cls, source: Path | str) -> RunConfig:

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from swarm_protocol import aggregate
+from swarm_protocol import aggregate, sums
+from swarm_protocol.aggregate import intake, weighted
 from swarm_protocol.errors import InvalidDataError
 
 Float32 = npt.NDArray[np.float32]
@@ -112,8 +113,9 @@ def test_slabs_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = [(slot, 1, rng.standard_normal(1000).astype(np.float32)) for slot in range(3)]
     whole = aggregate.mean(parts)
     total = aggregate.sum_of_squares(parts[0][2])
-    monkeypatch.setattr(aggregate, "_SLAB_ELEMENTS", 64)
-    monkeypatch.setattr(aggregate, "_LEAVES_AT_ONCE", 1)
+    monkeypatch.setattr(weighted, "_SLAB_ELEMENTS", 64)
+    monkeypatch.setattr(intake, "_SLAB_ELEMENTS", 64)
+    monkeypatch.setattr(sums, "_LEAVES_AT_ONCE", 1)
     assert aggregate.mean(parts).tobytes() == whole.tobytes()
     assert aggregate.sum_of_squares(parts[0][2]) == total
 

@@ -38,13 +38,17 @@ def candidates(device: str) -> Iterator[Backend]:
 
 
 def multiplies_exactly(multiply: Multiply, device: str) -> bool:
-    """Whether products of the largest limbs are right: kernels that add pairs in 16 bits would saturate on larger ones."""
-    m, k, n = 48, 1040, 64
-    signs = (torch.arange(m)[:, None] * torch.arange(k) % 7 < 4, torch.arange(k)[:, None] * torch.arange(n) % 5 < 3)
-    a, b = (torch.where(sign, 64, -64).to(torch.int8) for sign in signs)
-    out = torch.empty(m, n, dtype=torch.int32, device=device)
-    multiply(a.to(device), b.to(device), out)
-    return torch.equal(out.cpu().long(), a.long() @ b.long())
+    """Whether products are right for limbs of every value, and where the largest meet and 16-bit sums would saturate."""
+    for m, k, n in ((48, 1040, 64), (130, 2304, 200)):
+        rows, columns = (torch.arange(m)[:, None] * torch.arange(k), torch.arange(k)[:, None] * torch.arange(n))
+        every = rows * 37 % 129 - 64, columns * 53 % 129 - 64
+        largest = torch.where(rows % 7 < 4, 64, -64), torch.where(columns % 5 < 3, 64, -64)
+        for a, b in (every, largest):
+            out = torch.empty(m, n, dtype=torch.int32, device=device)
+            multiply(a.to(device, torch.int8), b.to(device, torch.int8), out)
+            if not torch.equal(out.cpu().double(), a.double() @ b.double()):
+                return False
+    return True
 
 
 def _compiled() -> Passes | None:

@@ -17,7 +17,9 @@ from swarm_protocol.exact.compiled.rows import (
     ZERO,
     Array,
     bits_of,
+    clear,
     column_scales,
+    copy,
     digits,
     exp,
     f32,
@@ -53,7 +55,7 @@ def heads(
     row, scale, largest = np.empty(size, f32), np.empty(size, f32), np.empty(size, i32)
     for c in range(heads):
         sequence, head = c // kv_heads, c % kv_heads
-        largest[:] = i32(0)
+        clear(largest)
         for s in range(positions):
             source = qkv[sequence * positions + s]
             for g in range(group):
@@ -91,7 +93,7 @@ def softmax_limbs(s: Array, q_e: Array, k_e: Array, scale: Any, planes: Array, r
             p = exp(seen[j] - m)
             seen[j] = p
             total += i64(i32(bits_of(f32(p * one) + ROUND) - ROUND_BITS))
-        row[visible:] = ZERO
+        clear(row[visible:])
         row_digits(row, one, planes, t)
         # A score that overflowed must not pass for a weight: NaN is refused where it next becomes limbs.
         r[t] = ONE / f32(f32(total) * unit) if m < f32(np.inf) else f32(np.nan)
@@ -135,7 +137,7 @@ def attended_limbs(
             folded[j] = dy[j] * power_of_two(v_e[j])
             b = i32(bits_of(f32(dy[j] * r[t])) & MAGNITUDE)
             largest[j] = b if b > largest[j] else largest[j]
-        buffer[size:] = ZERO
+        clear(buffer[size:])
         correction[t] = halves(buffer)
         rows_e[t] = row_limbs(folded, rows, t, status)
     column_scales(largest, 7 * columns.shape[0] - 1, columns_e, scale, status)
@@ -186,7 +188,7 @@ def softmax_gradient_limbs(
                 upper = i32(i32(i32(high[j]) << i32(7)) + i32(low[j]))
                 p = f32(i32(i32(upper << i32(7)) + i32(last[j])))
                 seen[j] = f32(f32(f32(p * unit) * r[t]) * f32(seen[j] - correction[t])) * scale
-        row[visible:] = ZERO
+        clear(row[visible:])
         for j in range(positions):
             folded[j] = row[j] * key[j]
             b = i32(bits_of(f32(row[j] * query)) & MAGNITUDE)
@@ -216,4 +218,4 @@ def place_gradients(d_q: Array, d_k: Array, d_v: Array, cos: Array, sin: Array, 
         at = (kv_heads * group + head) * size
         rotated(d_k[s], cos[s], back, d_qkv[s, at : at + size])
         at = (kv_heads * (group + 1) + head) * size
-        d_qkv[s, at : at + size] = d_v[s]
+        copy(d_v[s], d_qkv[s, at : at + size])

@@ -10,10 +10,11 @@ from swarm_protocol.exact.compiled.rows import (
     MAGNITUDE,
     ONE,
     SCATTER_BITS,
-    ZERO,
     Array,
     bits_of,
+    clear,
     column_scales,
+    copy,
     digits,
     exp,
     f32,
@@ -62,7 +63,7 @@ def gradient_limbs(
         factor[j] = power_of_two(fold[j])
     for g in range(columns_e.shape[0]):
         first, last = g * grain, min(tokens, (g + 1) * grain)
-        largest[:] = i32(0)
+        clear(largest)
         for t in range(first, last):
             row = dy[t]
             for j in range(width):
@@ -92,7 +93,7 @@ def norm_limbs(x: Array, gain: Array, eps: Any, planes: Array, e: Array, r: Arra
         source = x[t]
         for j in range(width):
             buffer[j] = source[j] * source[j]
-        buffer[width:] = ZERO
+        clear(buffer[width:])
         rms = ONE / np.sqrt(f32(halves(buffer) * share) + eps)
         r[t] = rms
         for j in range(width):
@@ -122,12 +123,12 @@ def norm_gradient(
                     dn[j] = upstream[j] * gain[j]
                     buffer[j] = dn[j] * n[j]
                     held[j] = upstream[j] * n[j]
-                buffer[width:] = ZERO
+                clear(buffer[width:])
                 c = f32(halves(buffer) * share)
                 for j in range(width):
                     target[j] = target[j] + f32(f32(dn[j] - f32(n[j] * c)) * rms)
             else:
-                held[:] = ZERO
+                clear(held)
             # A binary counter: level k holds the sum of 2^k rows that waits for its neighbour.
             level, carry = 0, index
             while carry & 1:
@@ -136,14 +137,14 @@ def norm_gradient(
                     held[j] = left[j] + held[j]
                 carry >>= 1
                 level += 1
-            pairs[level, :] = held
+            copy(held, pairs[level])
             top = level
         total = pairs[top]
         if keep or first > 0:
             for j in range(width):
                 gain_gradient[j] = gain_gradient[j] + total[j]
         else:
-            gain_gradient[:] = total
+            copy(total, gain_gradient)
 
 
 @kernel
@@ -181,7 +182,7 @@ def cross_entropy(logits: Array, targets: Array, share: Any, losses: Array) -> N
         for j in range(width):
             p[j] = exp(z[j] - m)
             buffer[j] = p[j]
-        buffer[width:] = ZERO
+        clear(buffer[width:])
         total = halves(buffer)
         losses[t] = log(total) - f32(z[target] - m)
         r = ONE / total

@@ -65,6 +65,19 @@ def power_of_two(e: Any) -> Any:
 
 
 @kernel
+def clear(x: Array) -> None:
+    for j in range(x.shape[0]):
+        x[j] = 0
+
+
+@kernel
+def copy(source: Array, target: Array) -> None:
+    """A loop, because slice assignment takes numba seconds to compile."""
+    for j in range(target.shape[0]):
+        target[j] = source[j]
+
+
+@kernel
 def exponent(magnitude_bits: Any) -> Any:
     e = i32((magnitude_bits >> i32(23)) - i32(126))
     return e if e > LOWEST else LOWEST

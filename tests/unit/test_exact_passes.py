@@ -306,7 +306,7 @@ def test_attention(passes: Passes, group: int, positions: int, half: int, limbs:
 
 
 def test_a_score_that_overflows_is_noticed(passes: Passes) -> None:
-    s = torch.full((3, 4, 4), 1 << 20, dtype=torch.int32)
+    s = torch.full((4, 4, 4), 1 << 20, dtype=torch.int32)
     high = torch.full((4,), 90, dtype=torch.int32)
     weights, r = torch.empty(2, 4, 4, dtype=torch.int8), torch.empty(4)
     passes.softmax_limbs(s, high, high, 1.0, weights, r)

@@ -111,13 +111,15 @@ def _sigmoid(x: Tensor) -> Tensor:
 
 def _value(s: Tensor, a_e: Tensor, b_e: Tensor) -> Tensor:
     """What integers of limb products stand for."""
-    limbs = 2 if len(s) == 3 else 3
-    groups = [s[0], s[1] + s[2]] if limbs == 2 else [s[0], s[1] + s[2], s[3] + s[4] + s[5]]
-    value = groups[0].float()
-    for group in groups[1:]:
+    limbs = 2 if len(s) == 4 else 3
+    weights = [i + j for i, j in rule.limb_pairs(limbs)]
+    value = s[0].float()
+    for weight in range(1, 2 * limbs - 1):
+        first = weights.index(weight)
+        group = s[first : first + weights.count(weight)].sum(0, dtype=torch.int32)
         value = value * 128.0
         value = value + group.float()
-    return value * power_of_two(a_e[:, None] + b_e[None, :] - (7 * limbs + 5))
+    return value * power_of_two(a_e[:, None] + b_e[None, :] - rule.product_bits(limbs))
 
 
 def finish(s: Tensor, a_e: Tensor, b_e: Tensor, out: Tensor, keep: float) -> None:

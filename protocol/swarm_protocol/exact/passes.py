@@ -3,7 +3,7 @@
 Both modules implement these functions with the same bits; docs/numerics.md defines them. Everything is written into
 tensors that the caller owns. Integer exponents are int32, limbs int8, other numbers float32, all contiguous.
 
-Shapes: T tokens of the micro-batch, L limbs, P products of limbs (3 for two limbs, 6 for three), S positions, H head size,
+Shapes: T tokens of the micro-batch, L limbs, P products of limbs (4 for two limbs, 9 for three), S positions, H head size,
 R = G · S rows of a key-value head's group of G query heads, C key-value heads of all sequences. `grain` counts tokens.
 `status` int32 [1] rises to the highest exponent that was met; above `rule.HIGHEST_EXPONENT` the training has failed.
 """

@@ -91,7 +91,7 @@ class Products:
     def __init__(self, passes: Passes, multiply: Multiply, limbs: int, scratch: Scratch) -> None:
         self._passes, self._multiply, self._scratch = passes, multiply, scratch
         self._pairs = rule.limb_pairs(limbs)
-        self._unscale = 7 * limbs + 5
+        self._unscale = rule.product_bits(limbs)
 
     def integers(self, a: Tensor, b: Tensor) -> Tensor:
         """Every needed product of limbs of a [L, M, K] and b [L, K, N]: int32 [pairs, M, N], valid until the next call."""

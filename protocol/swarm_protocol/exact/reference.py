@@ -112,14 +112,15 @@ def product(a: list[Integers], ea: Integers, b: list[Integers], eb: Integers) ->
     for cut in range(0, size, rule.K_CUT):
         part = slice(cut, cut + rule.K_CUT)
         result: Float32 | None = None
-        for weight in range(limbs):
-            s = sum((a[i][:, part] @ b[weight - i][part] for i in range(weight + 1)), np.zeros((), np.int64))
+        for weight in range(2 * limbs - 1):
+            pairs = [(i, j) for i, j in rule.limb_pairs(limbs) if i + j == weight]
+            s = sum((a[i][:, part] @ b[j][part] for i, j in pairs), np.zeros((), np.int64))
             value = s.astype(np.float32)
             result = value if result is None else result * F(128) + value
         assert result is not None
         total = result if total is None else total + result
     assert total is not None
-    return total * power_of_two(ea[:, None] + eb[None, :] - (7 * limbs + 5))
+    return total * power_of_two(ea[:, None] + eb[None, :] - rule.product_bits(limbs))
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,12 @@ def fraction_bits(limbs: int) -> int:
 
 def limb_pairs(limbs: int) -> list[tuple[int, int]]:
     """Which limb of the left operand meets which of the right, most significant first; pairs of one weight are adjacent."""
-    return [(i, weight - i) for weight in range(limbs) for i in range(weight + 1)]
+    return sorted(((i, j) for i in range(limbs) for j in range(limbs)), key=sum)
+
+
+def product_bits(limbs: int) -> int:
+    """Bits after the binary point of the integers that a product sums."""
+    return 2 * fraction_bits(limbs)
 
 
 def default_grain(model: ModelSpec) -> int:

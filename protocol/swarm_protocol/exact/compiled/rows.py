@@ -218,17 +218,18 @@ def sigmoid(x: Any) -> Any:
 @kernel
 def finish_row(s: Array, t: int, ea: Any, eb: Array, out: Array, keep: Any) -> None:
     """out · keep + the value of one row of limb products; keep = 0 stores."""
-    if s.shape[0] == 3:
-        e = i32(ea - i32(19))
-        a, b, c = s[0, t], s[1, t], s[2, t]
-        for j in range(out.shape[0]):
-            value = f32(f32(a[j]) * RADIX + f32(i32(b[j] + c[j]))) * power_of_two(i32(e + eb[j]))
-            out[j] = value if keep == ZERO else f32(out[j] * keep) + value
-    else:
+    if s.shape[0] == 4:
         e = i32(ea - i32(26))
-        a, b, c = s[0, t], s[1, t], s[2, t]
-        u, v, w = s[3, t], s[4, t], s[5, t]
+        a, b, c, d = s[0, t], s[1, t], s[2, t], s[3, t]
         for j in range(out.shape[0]):
             value = f32(f32(a[j]) * RADIX + f32(i32(b[j] + c[j])))
-            value = f32(value * RADIX + f32(i32(i32(u[j] + v[j]) + w[j]))) * power_of_two(i32(e + eb[j]))
+            value = f32(value * RADIX + f32(d[j])) * power_of_two(i32(e + eb[j]))
+            out[j] = value if keep == ZERO else f32(out[j] * keep) + value
+    else:
+        e = i32(ea - i32(40))
+        for j in range(out.shape[0]):
+            value = f32(f32(s[0, t, j]) * RADIX + f32(i32(s[1, t, j] + s[2, t, j])))
+            value = f32(value * RADIX + f32(i32(i32(s[3, t, j] + s[4, t, j]) + s[5, t, j])))
+            value = f32(value * RADIX + f32(i32(s[6, t, j] + s[7, t, j])))
+            value = f32(value * RADIX + f32(s[8, t, j])) * power_of_two(i32(e + eb[j]))
             out[j] = value if keep == ZERO else f32(out[j] * keep) + value

@@ -357,6 +357,8 @@ def _hivemind() -> tuple[Any, Any, Any]:
         return _loaded
     processes.require_platform()
     os.environ.setdefault("HIVEMIND_LOGLEVEL", "CRITICAL")
+    # Its other way of sharing memory starts a torch_shm_manager, which outlives a killed node.
+    os.environ.setdefault("HIVEMIND_MEMORY_SHARING_STRATEGY", "file_descriptor")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import hivemind

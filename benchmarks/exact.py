@@ -108,7 +108,7 @@ def cost(width: str, optimizer: OptimizerSpec, turns: int, backend: Backend) -> 
             states[name], found = step_seconds(trainer, states[name], batch, 3)
             if turn:  # the first turn warms up
                 seconds[name] += found
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    medians = {name: float(statistics.median(values)) for name, values in seconds.items()}
     return {
         "native_s": round(medians["native"], 4),
         "exact_s": round(medians["exact"], 4),

@@ -24,7 +24,11 @@ Array = Any
 
 
 def kernel(function: Function) -> Function:
-    """Compile on first use, keep the machine code beside the source, release the interpreter lock."""
+    """Compile on first use, keep the machine code beside the source, release the interpreter lock.
+
+    Numba's cache does not notice an edit of a kernel that another file's kernels call: delete `__pycache__` after one.
+    Old machine code fails the self-test.
+    """
     return cast(Function, _numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=False)(function))
 
 

@@ -15,7 +15,7 @@ from swarm_node.contribution import Contribution, load
 from swarm_node.folder import RunFolder
 from swarm_protocol.chunks import CHUNK_BYTES, StateManifest
 from swarm_protocol.errors import RefusedError
-from swarm_protocol.peers import Answer, Call, Handler
+from swarm_protocol.calls import Answer, Call, Handler
 from swarm_protocol.spec import RunSpec
 
 

@@ -26,7 +26,8 @@ from swarm_protocol import aggregate, chunks, codec, merkle, parts
 from swarm_protocol.client import Commitments, CoordinatorClient, SealedRound, persist
 from swarm_protocol.errors import HashMismatchError, InvalidDataError, RefusedError, SwarmError, UnreachableError
 from swarm_protocol.files import write_atomic
-from swarm_protocol.peers import Answer, Call, Handler, Header, PeerPlane
+from swarm_protocol.calls import Answer, Call, Handler, Header
+from swarm_protocol.peers import PeerPlane
 from swarm_protocol.records import Envelope, PartRecord, RoundPlan
 from swarm_protocol.signing import SigningLedger
 from swarm_protocol.spec import RunSpec

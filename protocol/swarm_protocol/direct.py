@@ -129,15 +129,15 @@ class DirectPlane:
             head = pack(header, len(body))
             try:
                 converse = partial(_converse, channel, head, body, max_answer_bytes, deadline)
-                answer, size, content, reusable = await self._blocking(channel, converse)
+                answer, content, size, read = await self._blocking(channel, converse)
             except (OSError, EOFError, EncodingError) as error:
                 channel.close()
                 raise NoDirectPathError(str(error) or "the connection was closed") from error
             except BaseException:
                 channel.close()
                 raise
-            self._traffic.note(peer, "direct", sent=len(head) + len(body), received=size)
-            if reusable:
+            self._traffic.note(peer, "direct", sent=len(head) + len(body), received=read)
+            if content is not None:
                 channel.idle_since = time.monotonic()
                 self._idle[peer].append(channel)
             else:
@@ -145,7 +145,7 @@ class DirectPlane:
         if "refused" in answer:
             raise RefusedError(str(answer["refused"])[:500])
         if content is None:
-            raise InvalidDataError(f"an answer larger than {max_answer_bytes} bytes")
+            raise InvalidDataError(f"an answer of {size} bytes where at most {max_answer_bytes} are allowed")
         return answer, content
 
     async def _locate(self, peer: bytes) -> None:
@@ -288,17 +288,18 @@ def parse_addresses(value: object) -> list[Address]:
 
 def _converse(
     channel: Channel, head: bytes, body: bytes | memoryview, max_answer_bytes: int, deadline: float
-) -> tuple[dict[str, Any], int, bytes | None, bool]:
-    """Send a call and receive its answer: header, bytes received, body if within bounds, whether the channel may be used on."""
+) -> tuple[dict[str, Any], bytes | None, int, int]:
+    """Send a call and receive its answer: header, body, declared size of the body, bytes received.
+
+    There is no body where it is larger than allowed, or where the call was refused half way; the channel is spent then.
+    """
     whole = channel.send(head, body, deadline=deadline, until_answered=len(body) > WRITE_BYTES)
     header, size, head_bytes = _receive_header(channel, deadline)
-    if "refused" in header:
-        return header, head_bytes, None, whole and not size
-    if not whole:
+    if not whole and "refused" not in header:
         raise EncodingError("an answer before the call was complete")
-    if size > max_answer_bytes:
-        return header, head_bytes, None, False
-    return header, head_bytes + size, channel.receive(size, deadline), True
+    if not whole or size > max_answer_bytes or ("refused" in header and len(body)):
+        return header, None, size, head_bytes
+    return header, channel.receive(size, deadline), size, head_bytes + size
 
 
 def _receive_header(channel: Channel, deadline: float) -> tuple[dict[str, Any], int, int]:

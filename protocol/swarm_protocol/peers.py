@@ -133,7 +133,6 @@ class PeerPlane:
             await p2p.shutdown()
             raise UnreachableError(f"no peer of the run answers on {', '.join(initial_peers)}: {error}") from error
         host = _ip_of(listen[0]) if direct and not client_only and listen else None
-        plane = cls(identity, run, p2p, dht, direct_host=host)
         return cls(identity, run, p2p, dht, direct=direct, direct_host=host)
 
     async def close(self) -> None:

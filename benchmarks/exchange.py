@@ -79,13 +79,13 @@ def _receive(pipe: Connection, timeout_s: float) -> Any:
 class Ours:
     """Our peers, and the coordinator's part of a round."""
 
-    def __init__(self, folder: Path, peers: int) -> None:
+    def __init__(self, folder: Path, peers: int, *, direct: bool = True) -> None:
         self.peers = Peers()
         self._round = 0
         bootstrap: list[str] = []
         self._keys = []
         for number in range(peers):
-            pipe = self.peers.start(exchange_peers.peer, number, folder / f"peer-{number}", bootstrap)
+            pipe = self.peers.start(exchange_peers.peer, number, folder / f"peer-{number}", bootstrap, direct)
             key, addresses = _receive(pipe, START_S)
             self._keys.append(key)
             bootstrap = bootstrap or addresses
@@ -118,7 +118,8 @@ class Ours:
                 record = Envelope.decode(raw).open_as(PartRecord, run=spec.run_id)
                 assert record.slots == tuple(range(len(keys)))
                 records[record.part] = raw
-        self.peers.tell(list(records.values()))
+                self.peers.tell(raw)
+        self.peers.tell(None)
         return _summary(self.peers.hear())
 
 
@@ -172,13 +173,13 @@ def compare(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str
     """Everything for one number of peers and one size; the measurements take turns."""
     numel = int(options.megabytes * 1e6 / 4)
     folder = Path(tempfile.mkdtemp(prefix="exchange-"))
-    ours = Ours(folder, options.peers)
+    ours = Ours(folder, options.peers, direct=not options.daemon)
     hivemind = None if options.ours_only else Hivemind(options.peers, numel)
     gloo = None if options.ours_only else Gloo(options.peers, numel)
     times: dict[str, list[Any]] = {name: [] for name in (*CODECS, "hivemind", "gloo")}
     try:
         for turn in range(options.repeats + 1):  # the first one warms up
-            found: dict[str, Any] = {name: ours.measure(numel, name, options.parts) for name in CODECS}
+            found: dict[str, Any] = {name: ours.measure(numel, name, options.parts) for name in options.codecs}
             found["hivemind"] = None if hivemind is None else hivemind.measure()
             found["gloo"] = None if gloo is None else gloo.measure()
             for name, value in found.items():
@@ -199,30 +200,30 @@ def _seconds(value: Any) -> str:
 
 def _report(options: argparse.Namespace, times: dict[str, list[Any]]) -> dict[str, Any]:
     median = statistics.median
-    wall = {name: median(entry["wall_s"] for entry in times[name]) for name in CODECS}
+    wall = {name: median(entry["wall_s"] for entry in times[name]) for name in options.codecs}
     report: dict[str, Any] = {
         "peers": options.peers,
         "megabytes": options.megabytes,
         "parts": options.parts,
         "wall_s": {name: round(value, 3) for name, value in wall.items()},
-        "cpu_s": {name: round(median(entry["cpu_s"] for entry in times[name]), 2) for name in CODECS},
+        "cpu_s": {name: round(median(entry["cpu_s"] for entry in times[name]), 2) for name in options.codecs},
         "stages_s": {
             name: {
                 stage: round(median(entry["stages_s"][stage] for entry in times[name]), 3)
                 for stage in times[name][0]["stages_s"]
             }
-            for name in CODECS
+            for name in options.codecs
         },
         "peak_over_tensor": {
             name: round(max(entry["peak_bytes"] for entry in times[name]) / (options.megabytes * 1e6), 2)
-            for name in CODECS
+            for name in options.codecs
         },
     }
     for rival in ("hivemind", "gloo"):
         if times[rival]:
             report["wall_s"][rival] = round(median(times[rival]), 3)
             report[f"speedup_vs_{rival}"] = {
-                name: round(median(times[rival]) / wall[name], 2) for name in CODECS
+                name: round(median(times[rival]) / wall[name], 2) for name in options.codecs
             }
     return report
 
@@ -234,6 +235,8 @@ def main() -> None:
     parser.add_argument("--parts", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--ours-only", action="store_true", help="leave hivemind and gloo out")
+    parser.add_argument("--codecs", nargs="+", default=list(CODECS), choices=CODECS)
+    parser.add_argument("--daemon", action="store_true", help="everything through the daemon, nothing directly")
     parser.add_argument("--scaling", action="store_true", help="also 2, 4, 8, 16 peers and 1, 10, 100 MB")
     parser.add_argument("--json", action="store_true", help="end with one JSON object on stdout")
     options = parser.parse_args()

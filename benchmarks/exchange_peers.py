@@ -8,23 +8,24 @@ from __future__ import annotations
 import asyncio
 import resource
 import time
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 import psutil
 from exchange_rivals import values
 
 from swarm_node.contribution import Contribution
 from swarm_node.evidence import Evidence
-from swarm_node.exchange import Exchange, ExchangeDesk, fetch_averages
+from swarm_node.exchange import Exchange, ExchangeDesk
 from swarm_node.folder import RunFolder
-from swarm_protocol import chunks, codec, draw, parts, processes
-from swarm_protocol import checkpoint as checkpoints
+from swarm_node.measured import Measured
+from swarm_protocol import chunks, codec, parts, processes
 from swarm_protocol.chunks import StateManifest
-from swarm_protocol.client import Commitments, SealedRound
-from swarm_protocol.files import write_atomic
+from swarm_protocol.client import Commitments, CoordinatorClient, SealedRound
 from swarm_protocol.identity import Identity
 from swarm_protocol.peers import PeerPlane
 from swarm_protocol.records import Commitment, CommitmentSet, Envelope, PartRecord, RoundManifest, RoundPlan, SlotHash
@@ -65,17 +66,46 @@ def run_spec(numel: int, codec_name: Any, part_count: int) -> RunSpec:
     )
 
 
-def peer(pipe: Connection, parent: int, number: int, folder: Path, bootstrap: list[str]) -> None:
+def peer(pipe: Connection, parent: int, number: int, folder: Path, bootstrap: list[str], direct: bool) -> None:
     """The process."""
     processes.die_with_parent(parent)
-    asyncio.run(_peer(pipe, number, folder, bootstrap))
+    processes.reuse_freed_memory()
+    asyncio.run(_peer(pipe, number, folder, bootstrap, direct))
 
 
-async def _peer(pipe: Connection, number: int, folder: Path, bootstrap: list[str]) -> None:
+class Coordinator:
+    """What a node asks of the coordinator during an exchange, over the pipe to the parent."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self._pipe = pipe
+        self._records: list[Envelope] = []
+        self._news = asyncio.Event()
+
+    async def post(self, envelope: Envelope) -> None:
+        self._pipe.send(envelope.encode())
+
+    async def part_records(self, round_number: int, *, after: int, wait_s: float) -> list[Envelope]:
+        while len(self._records) <= after:
+            self._news.clear()
+            await self._news.wait()
+        return self._records[after:]
+
+    async def listen(self) -> None:
+        """Receive part records until the parent says that these were all."""
+        while (raw := await asyncio.to_thread(self._pipe.recv)) is not None:
+            self._records.append(Envelope.decode(raw))
+            self._news.set()
+
+    @property
+    def records(self) -> list[Envelope]:
+        return self._records
+
+
+async def _peer(pipe: Connection, number: int, folder: Path, bootstrap: list[str], direct: bool) -> None:
     folder.mkdir(parents=True)
     identity = Identity.load_or_create(folder / "identity")
-    plane = await PeerPlane.start(folder / "identity", bytes(32), initial_peers=bootstrap)
-    evidence, desk = Evidence(), ExchangeDesk()
+    plane = await PeerPlane.start(folder / "identity", bytes(32), initial_peers=bootstrap, direct=direct)
+    evidence, desk = OwnParts(), ExchangeDesk()
     await plane.serve({**evidence.handlers, **desk.handlers})
     pipe.send((identity.public_key, await plane.addresses()))
     try:
@@ -87,12 +117,36 @@ async def _peer(pipe: Connection, number: int, folder: Path, bootstrap: list[str
         await plane.close()
 
 
+@dataclass(frozen=True)
+class InMemory(Contribution):
+    """A contribution that is not on disk: its encoded parts, or with the codec `none` what they are copies of."""
+
+    tensor: npt.NDArray[np.float32]
+    spec: RunSpec
+    encoded: dict[int, bytes]
+
+    def part(self, part: int) -> bytes:
+        where = parts.slices(self.spec)[part]
+        return self.encoded.get(part) or codec.get("none").encode(self.tensor[where])
+
+
+class OwnParts(Evidence):
+    """Evidence that has our own parts, too."""
+
+    mine: InMemory | None = None
+
+    def find(self, digest: bytes) -> bytes | bytearray | None:
+        if self.mine is not None and digest in self.mine.part_hashes:
+            return self.mine.part(self.mine.part_hashes.index(digest))
+        return super().find(digest)
+
+
 class _Node:
     """One round of one peer."""
 
     def __init__(
         self, pipe: Connection, number: int, folder: Path, plane: PeerPlane, ledger: SigningLedger,
-        evidence: Evidence, desk: ExchangeDesk,
+        evidence: OwnParts, desk: ExchangeDesk,
     ) -> None:  # fmt: skip
         self._pipe = pipe
         self._number = number
@@ -105,6 +159,8 @@ class _Node:
     async def round(self, spec: RunSpec, plan: RoundPlan) -> None:
         tensor = values(self._number, spec.model.num_parameters)
         work = RunFolder(self._folder / spec.exchange.codec, spec)
+        self._evidence.prune(plan.round)  # not earlier: others may still fetch from us
+        work.prune(plan.round)
         slot = plan.slot_of(self._plane.identity.public_key)
         assert slot is not None
         idle, reset = _resident(), Path("/proc/self/clear_refs")
@@ -112,47 +168,44 @@ class _Node:
         self._pipe.send("ready")
         await asyncio.to_thread(self._pipe.recv)
         start, cpu = time.monotonic(), _cpu_s()
-        mine = await asyncio.to_thread(self._encode, spec, plan, slot, tensor, work.work(plan.round))
+        mine = await asyncio.to_thread(self._encode, spec, plan, slot, tensor)
+        self._evidence.mine = mine
         encoded_at = time.monotonic()
         self._pipe.send(mine.commitment(spec, plan, bytes(32)))
         closing, by_slot = await asyncio.to_thread(self._pipe.recv)
+        coordinator, measured = Coordinator(self._pipe), Measured()
         exchange = Exchange(
-            spec, plan, Commitments(closing, by_slot), plane=self._plane, ledger=self._ledger, folder=work,
-            evidence=self._evidence, post=self._post,
+            spec, plan, Commitments(closing, by_slot), plane=self._plane, client=cast(CoordinatorClient, coordinator),
+            ledger=self._ledger, folder=work, evidence=self._evidence, measured=measured,
         )  # fmt: skip
         await self._desk.open(exchange)
         moving = asyncio.create_task(exchange.run(mine))
-        records = [Envelope.decode(raw) for raw in await asyncio.to_thread(self._pipe.recv)]
+        await coordinator.listen()
         reduced_at = time.monotonic()
-        averages = await fetch_averages(
-            spec, _sealed(spec, plan, closing, records), plane=self._plane, client=None, evidence=self._evidence
-        )
-        fetched_at = time.monotonic()
-        whole = np.empty(spec.model.num_parameters, np.float32)
-        for part, where in enumerate(parts.slices(spec)):
-            whole[where] = checkpoints.decode_average(spec, part, averages[part])
-            averages[part] = None
+        await exchange.averages.complete.wait()
+        whole = await exchange.averages.finish(_sealed(spec, plan, closing, coordinator.records))
         end = time.monotonic()
-        peak = _peak()
+        peak, cpu = _peak(), _cpu_s() - cpu
         moving.cancel()
         await asyncio.gather(moving, return_exceptions=True)
         await self._desk.open(None)
-        stages = {"encode": encoded_at - start, "reduce": reduced_at - encoded_at, "fetch": fetched_at - reduced_at,
-                  "decode": end - fetched_at}  # fmt: skip
-        self._pipe.send((start, end, chunks.content_hash(whole), peak - idle, _cpu_s() - cpu, stages))
+        stages = {"encode": encoded_at - start, "reduce": reduced_at - encoded_at, "fetch": end - reduced_at}
+        self._pipe.send((start, end, chunks.content_hash(whole), peak - idle, cpu, stages))
 
-    def _encode(self, spec: RunSpec, plan: RoundPlan, slot: int, tensor: Any, folder: Path) -> Contribution:
-        encode = codec.get(spec.exchange.codec).encode
+    def _encode(self, spec: RunSpec, plan: RoundPlan, slot: int, tensor: Any) -> InMemory:
+        """Encode everything once and hash it, as the commitment needs it."""
+        encoded: dict[int, bytes] = {}
         hashes = []
         for part, where in enumerate(parts.slices(spec)):
-            encoded = encode(tensor[where])
-            hashes.append(chunks.content_hash(encoded))
-            write_atomic(folder / f"part-{part}", encoded, durable=False)
-        empty = StateManifest(0, ())
-        return Contribution(plan.hash, slot, bytes(32), 0.0, (), empty, tuple(hashes), folder)
-
-    async def _post(self, envelope: Envelope) -> None:
-        self._pipe.send(envelope.encode())
+            data = codec.get(spec.exchange.codec).encode(tensor[where])
+            hashes.append(chunks.content_hash(data))
+            if spec.exchange.codec != "none":
+                encoded[part] = data
+        return InMemory(
+            plan_hash=plan.hash, slot=slot, nonce=bytes(32), loss=0.0, state_roots=(),
+            final_manifest=StateManifest(0, ()), part_hashes=tuple(hashes), folder=Path(), tensor=tensor, spec=spec,
+            encoded=encoded,
+        )  # fmt: skip
 
 
 def _sealed(spec: RunSpec, plan: RoundPlan, closing: CommitmentSet, envelopes: list[Envelope]) -> SealedRound:
@@ -172,10 +225,6 @@ def close(plan: RoundPlan, commitments: dict[int, Commitment]) -> CommitmentSet:
     """The commitment set over all of these."""
     entries = tuple(SlotHash(slot=slot, hash=commitments[slot].hash) for slot in sorted(commitments))
     return CommitmentSet(run=plan.run, round=plan.round, plan=plan.hash, commitments=entries)
-
-
-def nonce_hash() -> bytes:
-    return draw.nonce_hash(bytes(32))
 
 
 def _resident() -> int:

@@ -71,7 +71,7 @@ class Call:
 @dataclass(frozen=True)
 class Answer:
     header: Header = field(default_factory=dict)
-    body: bytes | memoryview = b""
+    body: Bytes | memoryview = b""
 
 
 Handler = Callable[[Call], Awaitable[Answer]]

@@ -6,6 +6,7 @@ is the one function that nodes and the checkpoint worker both call, so that ever
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -64,7 +65,7 @@ class Checkpoint:
         return checkpoint
 
 
-def decode_average(spec: RunSpec, part: int, data: bytes) -> F32:
+def decode_average(spec: RunSpec, part: int, data: bytes | bytearray) -> F32:
     """The averaged pseudo-gradient of one part from its encoding.
 
     Raises:
@@ -84,12 +85,19 @@ def advance(spec: RunSpec, checkpoint: Checkpoint, averages: Sequence[bytes | No
     """
     if len(averages) != parts.part_count(spec):
         raise InvalidDataError(f"{len(averages)} averages where this run has {parts.part_count(spec)} parts")
-    decoded: list[F32 | None] = []
-    for part, data in enumerate(averages):
-        try:
-            decoded.append(None if data is None else decode_average(spec, part, data))
-        except InvalidDataError:
-            decoded.append(None)
-    pseudo_gradient = parts.assemble(spec, decoded)
+    pseudo_gradient = np.zeros(spec.model.num_parameters, np.float32)
+    for part, (where, data) in enumerate(zip(parts.slices(spec), averages, strict=True)):
+        if data is not None:
+            with contextlib.suppress(InvalidDataError):  # not sound: by rule, missing
+                pseudo_gradient[where] = decode_average(spec, part, data)
+    return step(spec, checkpoint, pseudo_gradient)
+
+
+def step(spec: RunSpec, checkpoint: Checkpoint, pseudo_gradient: F32) -> Checkpoint:
+    """The next checkpoint, from the averaged pseudo-gradient, float32[num_parameters], +0 where parts are missing.
+
+    Raises:
+        InvalidDataError: the result is not finite.
+    """
     parameters, momentum = outer.outer_step(spec.outer, checkpoint.parameters, checkpoint.momentum, pseudo_gradient)
     return Checkpoint(checkpoint.round + 1, parameters, momentum)

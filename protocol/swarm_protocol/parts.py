@@ -67,7 +67,7 @@ def encode_parts(spec: RunSpec, start: Float32, final: Float32) -> list[bytes]:
         return [encode(start[where] - final[where]) for where in slices(spec)]
 
 
-def decode_part(spec: RunSpec, part: int, data: bytes) -> Float32:
+def decode_part(spec: RunSpec, part: int, data: bytes | bytearray) -> Float32:
     """The values of one part.
 
     Raises:
@@ -120,3 +120,22 @@ def rendezvous(key: bytes, part: int, peers: Sequence[bytes]) -> list[int]:
     prefix = key + struct.pack("<I", part)
     scores = [blake3(prefix + peer).digest() for peer in peers]
     return sorted(range(len(peers)), key=lambda position: scores[position], reverse=True)
+
+
+def reducer_orders(key: bytes, part_count: int, peers: Sequence[bytes]) -> list[list[int]]:
+    """Per part, positions in `peers` in the order in which they are to reduce it.
+
+    Rendezvous order, but for one thing: nobody is the first of more than ceil(part_count / peers) parts. Part by part, the
+    first is the highest in rendezvous order who has not reached that number yet; the others follow in rendezvous order.
+    """
+    if not peers:
+        return [[] for _ in range(part_count)]
+    share = -(-part_count // len(peers))
+    parts_of = [0] * len(peers)
+    orders = []
+    for part in range(part_count):
+        order = rendezvous(key, part, peers)
+        first = next(position for position in order if parts_of[position] < share)
+        parts_of[first] += 1
+        orders.append([first, *(position for position in order if position != first)])
+    return orders

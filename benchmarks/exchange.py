@@ -1,6 +1,6 @@
 """What the exchange costs: 4 peers, 100 MB of float32 each, on loopback, against hivemind and gloo in the same run.
 
-    python benchmarks/exchange.py [--json] [--repeats 5] [--peers 4] [--megabytes 100] [--parts 32] [--scaling]
+    python benchmarks/exchange.py [--json] [--repeats 5] [--peers 4] [--megabytes 100] [--parts N] [--scaling]
 
 One of our rounds is: encode, commit, deliver, check each part against its commitment, receipt, add, encode the average,
 sign, fetch, check, decode; everybody ends with the same bytes, which is asserted. hivemind's is timed without matchmaking.
@@ -146,13 +146,14 @@ class Hivemind:
         for pipe in self.peers.pipes[1:]:
             _receive(pipe, START_S)
 
-    def measure(self) -> float | None:
+    def measure(self) -> dict[str, float] | None:
         """Seconds, or None where matchmaking split the group or the result is not the average."""
         self.peers.tell("go")
         answers = self.peers.hear()
-        if any(size != self._count or error > 1e-6 for _, _, size, error in answers):
+        if any(size != self._count or error > 1e-6 for _, _, size, error, _ in answers):
             return None
-        return float(max(end for _, end, _, _ in answers) - max(start for start, _, _, _ in answers))
+        wall_s = max(answer[1] for answer in answers) - max(answer[0] for answer in answers)
+        return {"wall_s": wall_s, "cpu_s": sum(answer[4] for answer in answers)}
 
 
 class Gloo:
@@ -163,10 +164,10 @@ class Gloo:
             self.peers.start(exchange_rivals.gloo, number, peers, numel, port)
         self.peers.hear(START_S)
 
-    def measure(self) -> float:
+    def measure(self) -> dict[str, float]:
         self.peers.tell("go")
         answers = self.peers.hear()
-        return float(max(end for _, end in answers) - max(start for start, _ in answers))
+        return {"wall_s": max(end for _, end in answers) - max(start for start, _ in answers)}
 
 
 def compare(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
@@ -179,7 +180,7 @@ def compare(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str
     times: dict[str, list[Any]] = {name: [] for name in (*CODECS, "hivemind", "gloo")}
     try:
         for turn in range(options.repeats + 1):  # the first one warms up
-            found: dict[str, Any] = {name: ours.measure(numel, name, options.parts) for name in options.codecs}
+            found: dict[str, Any] = {name: ours.measure(numel, name, options.parts or _parts(options, name)) for name in options.codecs}
             found["hivemind"] = None if hivemind is None else hivemind.measure()
             found["gloo"] = None if gloo is None else gloo.measure()
             for name, value in found.items():
@@ -194,8 +195,14 @@ def compare(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str
     return _report(options, times)
 
 
+def _parts(options: argparse.Namespace, codec_name: str) -> int:
+    """As many parts as are some 2 MB each when they are encoded, and the same number for each peer."""
+    encoded_bytes = options.megabytes * 1e6 / (1 if codec_name == "none" else 4)
+    return int(max(1, round(encoded_bytes / options.peers / 2e6))) * options.peers
+
+
 def _seconds(value: Any) -> str:
-    return "failed" if value is None else f"{value['wall_s'] if isinstance(value, dict) else value:.3f}"
+    return "failed" if value is None else f"{value['wall_s']:.3f} s"
 
 
 def _report(options: argparse.Namespace, times: dict[str, list[Any]]) -> dict[str, Any]:
@@ -204,7 +211,7 @@ def _report(options: argparse.Namespace, times: dict[str, list[Any]]) -> dict[st
     report: dict[str, Any] = {
         "peers": options.peers,
         "megabytes": options.megabytes,
-        "parts": options.parts,
+        "parts": {name: options.parts or _parts(options, name) for name in options.codecs},
         "wall_s": {name: round(value, 3) for name, value in wall.items()},
         "cpu_s": {name: round(median(entry["cpu_s"] for entry in times[name]), 2) for name in options.codecs},
         "stages_s": {
@@ -221,10 +228,11 @@ def _report(options: argparse.Namespace, times: dict[str, list[Any]]) -> dict[st
     }
     for rival in ("hivemind", "gloo"):
         if times[rival]:
-            report["wall_s"][rival] = round(median(times[rival]), 3)
-            report[f"speedup_vs_{rival}"] = {
-                name: round(median(times[rival]) / wall[name], 2) for name in options.codecs
-            }
+            wall_s = median(entry["wall_s"] for entry in times[rival])
+            report["wall_s"][rival] = round(wall_s, 3)
+            report[f"speedup_vs_{rival}"] = {name: round(wall_s / wall[name], 2) for name in options.codecs}
+    if times["hivemind"]:
+        report["cpu_s"]["hivemind, with matchmaking"] = round(median(entry["cpu_s"] for entry in times["hivemind"]), 2)
     return report
 
 
@@ -232,7 +240,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", type=int, default=4)
     parser.add_argument("--megabytes", type=float, default=100.0)
-    parser.add_argument("--parts", type=int, default=32)
+    parser.add_argument("--parts", type=int, help="default: some 2 MB each, encoded")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--ours-only", action="store_true", help="leave hivemind and gloo out")
     parser.add_argument("--codecs", nargs="+", default=list(CODECS), choices=CODECS)

@@ -6,6 +6,8 @@ The parent stands for the coordinator: it collects commitments and part records 
 from __future__ import annotations
 
 import asyncio
+import functools
+import gc
 import resource
 import time
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 import psutil
-from exchange_rivals import values
+from exchange_rivals import cpu_s, values
 
 from swarm_node.contribution import Contribution
 from swarm_node.evidence import Evidence
@@ -107,6 +109,8 @@ async def _peer(pipe: Connection, number: int, folder: Path, bootstrap: list[str
     plane = await PeerPlane.start(folder / "identity", bytes(32), initial_peers=bootstrap, direct=direct)
     evidence, desk = OwnParts(), ExchangeDesk()
     await plane.serve({**evidence.handlers, **desk.handlers})
+    gc.collect()
+    gc.freeze()  # as `swarm-node join` does: the modules of torch and hivemind need no collecting
     pipe.send((identity.public_key, await plane.addresses()))
     try:
         with SigningLedger(folder / "signed.db", identity) as ledger:
@@ -158,16 +162,17 @@ class _Node:
 
     async def round(self, spec: RunSpec, plan: RoundPlan) -> None:
         tensor = values(self._number, spec.model.num_parameters)
+        _result(spec.model.num_parameters)
+        idle = _idle(spec.model.num_parameters)
         work = RunFolder(self._folder / spec.exchange.codec, spec)
         self._evidence.prune(plan.round)  # not earlier: others may still fetch from us
         work.prune(plan.round)
         slot = plan.slot_of(self._plane.identity.public_key)
         assert slot is not None
-        idle, reset = _resident(), Path("/proc/self/clear_refs")
-        reset.write_text("5")  # the peak from here on
+        Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
         self._pipe.send("ready")
         await asyncio.to_thread(self._pipe.recv)
-        start, cpu = time.monotonic(), _cpu_s()
+        start, cpu = time.monotonic(), cpu_s()
         mine = await asyncio.to_thread(self._encode, spec, plan, slot, tensor)
         self._evidence.mine = mine
         encoded_at = time.monotonic()
@@ -176,7 +181,8 @@ class _Node:
         coordinator, measured = Coordinator(self._pipe), Measured()
         exchange = Exchange(
             spec, plan, Commitments(closing, by_slot), plane=self._plane, client=cast(CoordinatorClient, coordinator),
-            ledger=self._ledger, folder=work, evidence=self._evidence, measured=measured,
+            ledger=self._ledger, folder=work, evidence=self._evidence, vector=_result(spec.model.num_parameters),
+            measured=measured,
         )  # fmt: skip
         await self._desk.open(exchange)
         moving = asyncio.create_task(exchange.run(mine))
@@ -185,7 +191,7 @@ class _Node:
         await exchange.averages.complete.wait()
         whole = await exchange.averages.finish(_sealed(spec, plan, closing, coordinator.records))
         end = time.monotonic()
-        peak, cpu = _peak(), _cpu_s() - cpu
+        peak, cpu = _peak(), cpu_s() - cpu
         moving.cancel()
         await asyncio.gather(moving, return_exceptions=True)
         await self._desk.open(None)
@@ -227,8 +233,16 @@ def close(plan: RoundPlan, commitments: dict[int, Commitment]) -> CommitmentSet:
     return CommitmentSet(run=plan.run, round=plan.round, plan=plan.hash, commitments=entries)
 
 
-def _resident() -> int:
-    return psutil.Process().memory_info().rss
+@functools.lru_cache(maxsize=1)
+def _result(numel: int) -> npt.NDArray[np.float32]:
+    """What averages are decoded into; a node has one for all rounds, as hivemind has its averaged tensors."""
+    return np.zeros(numel, np.float32) + np.float32(0)
+
+
+@functools.lru_cache(maxsize=1)
+def _idle(numel: int) -> int:
+    """Resident bytes before the first exchange of this size, with the tensor and what averages are decoded into."""
+    return int(psutil.Process().memory_info().rss)
 
 
 def _peak() -> int:
@@ -237,9 +251,3 @@ def _peak() -> int:
         if line.startswith("VmHWM"):
             return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _cpu_s() -> float:
-    """Processor time of this peer, its daemon included."""
-    times = [process.cpu_times() for process in (psutil.Process(), *psutil.Process().children(recursive=True))]
-    return sum(time.user + time.system for time in times)

@@ -6,6 +6,7 @@ gloo: `torch.distributed.all_reduce`, which checks nothing and survives nothing:
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 import warnings
@@ -14,13 +15,21 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import psutil
 
 from swarm_protocol import processes
 
 
+@functools.lru_cache(maxsize=1)
 def values(peer: int, numel: int) -> npt.NDArray[np.float32]:
     """The tensor of one peer: float32[numel], like a pseudo-gradient."""
     return np.random.default_rng(peer).standard_normal(numel, dtype=np.float32) * np.float32(1e-3)
+
+
+def cpu_s() -> float:
+    """Processor time of this process and all below it."""
+    times = [process.cpu_times() for process in (psutil.Process(), *psutil.Process().children(recursive=True))]
+    return sum(time.user + time.system for time in times)
 
 
 def gloo(pipe: Connection, parent: int, peer: int, peers: int, numel: int, port: int) -> None:
@@ -71,7 +80,7 @@ def hivemind(pipe: Connection, parent: int, peer: int, peers: int, numel: int) -
                 times[1] = time.monotonic()
 
     dht = DHT(initial_peers=pipe.recv(), host_maddrs=["/ip4/127.0.0.1/tcp/0"], start=True)
-    tensor = torch.from_numpy(values(peer, numel))
+    tensor = torch.from_numpy(values(peer, numel).copy())
     averager = Timed(
         [tensor], dht, start=True, prefix="exchange", target_group_size=peers, min_group_size=peers,
         min_matchmaking_time=3.0, request_timeout=2.0,
@@ -79,13 +88,17 @@ def hivemind(pipe: Connection, parent: int, peer: int, peers: int, numel: int) -
     pipe.send([str(address) for address in dht.get_visible_maddrs()])
     # The same sum on every peer: what the result has to be close to.
     sample = slice(0, min(numel, 1 << 20))
-    expected = sum(values(other, numel)[sample] for other in range(peers)) / peers
+    expected = np.zeros(sample.stop, np.float32)
+    for other in range(peers):
+        expected += values(other, numel)[sample]
+    expected /= peers
     while pipe.recv() is not None:
+        cpu = cpu_s()
         with averager.get_tensors() as tensors:
             tensors[0].copy_(torch.from_numpy(values(peer, numel)))
         outcome = averager.step(timeout=60)
         with averager.get_tensors() as tensors:
             error = float(np.abs(tensors[0].numpy()[sample] - expected).max())
-        pipe.send((times[0], times[1], len(outcome or ()), error))
+        pipe.send((times[0], times[1], len(outcome or ()), error, cpu_s() - cpu))
     averager.shutdown()
     dht.shutdown()

@@ -2,7 +2,7 @@
 
 An average is fetched as soon as its record is published, not when the round is sealed: from its reducer, or from any
 other peer that has it, or, last, from the coordinator. Whoever serves other bytes than those of the hash is noted and
-passed over. Each is written to disk, whence we serve it, and decoded into one vector; memory holds a few parts beside it.
+passed over. Each is kept, so that we can serve it, and decoded into one vector; memory holds a few parts beside it.
 What the manifest names decides in the end.
 """
 
@@ -30,14 +30,14 @@ from swarm_protocol.spec import RunSpec
 
 log = logging.getLogger(__name__)
 
-FETCHES_AT_ONCE = 6
+FETCHES_AT_ONCE = 4
 ATTEMPT_SHARE = 0.2
 OTHERS_ASKED = 3
 RETRY_S = 1.0
 
 
 class Averages:
-    """One node's averages of one round."""
+    """One node's averages of one round, decoded into `vector`, float32[num_parameters], whatever that held before."""
 
     def __init__(
         self,
@@ -49,6 +49,7 @@ class Averages:
         folder: RunFolder,
         evidence: Evidence,
         measured: Measured,
+        vector: npt.NDArray[np.float32],
     ) -> None:
         self._spec = spec
         self._plan = plan
@@ -58,7 +59,7 @@ class Averages:
         self._evidence = evidence
         self._measured = measured
         self._slices = parts.slices(spec)
-        self._vector = np.zeros(spec.model.num_parameters, np.float32)
+        self._vector = vector
         self._best: dict[int, PartRecord] = {}
         self._reducers: dict[bytes, list[bytes]] = defaultdict(list)
         self._decoded: dict[int, bytes] = {}
@@ -152,7 +153,7 @@ class Averages:
         where = self._slices[record.part]
         self._decoded.pop(record.part, None)
         try:
-            self._vector[where] = decode_average(self._spec, record.part, data)
+            decode_average(self._spec, record.part, data, self._vector[where])
         except InvalidDataError as error:  # by rule, missing
             log.warning("the average of part %d of round %d is not sound: %s", record.part, record.round, error)
             self._vector[where] = 0

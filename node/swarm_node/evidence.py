@@ -22,7 +22,7 @@ from swarm_protocol.calls import Answer, Call, Handler
 from swarm_protocol.spec import RunSpec
 
 
-HELD_BYTES = 64 << 20
+HELD_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,9 @@ import time
 from collections.abc import Awaitable, Callable
 from functools import partial
 
+import numpy as np
+import numpy.typing as npt
+
 from swarm_node.averages import Averages
 from swarm_node.contribution import Contribution
 from swarm_node.evidence import Evidence
@@ -46,7 +49,7 @@ QUIET_S = 0.5
 
 
 class Exchange:
-    """One node's share in the exchange of one round."""
+    """One node's share in the exchange of one round. Averages are decoded into `vector`, which rounds may share."""
 
     def __init__(
         self,
@@ -59,6 +62,7 @@ class Exchange:
         ledger: SigningLedger,
         folder: RunFolder,
         evidence: Evidence,
+        vector: npt.NDArray[np.float32] | None = None,
         measured: Measured | None = None,
         faults: Faults = NONE,
     ) -> None:
@@ -76,8 +80,9 @@ class Exchange:
         orders = parts.reducer_orders(plan.previous_beacon, parts.part_count(spec), reducers)
         self.orders = [[reducers[position] for position in order] for order in orders]
         self.averages = Averages(
-            spec, plan, plane=plane, client=client, folder=folder, evidence=evidence, measured=self._measured
-        )
+            spec, plan, plane=plane, client=client, folder=folder, evidence=evidence, measured=self._measured,
+            vector=np.empty(spec.model.num_parameters, np.float32) if vector is None else vector,
+        )  # fmt: skip
         self.reducer = Reducer(
             spec, plan, commitments, self.orders, ledger=ledger, folder=folder, evidence=evidence,
             measured=self._measured, faults=faults, publish=self._publish, rival=self.averages.slots_of,

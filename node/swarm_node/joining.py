@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import platform
@@ -98,6 +99,7 @@ async def _join(options: Options, folder: DataFolder, ledger: SigningLedger, fau
                 how=cheats.kind(options.cheat),
                 faults=faults,
             )
+            gc.freeze()  # what was imported stays; collecting it over and over costs as much as an exchange
             await _until_stopped(volunteer.run, volunteer.finish)
         finally:
             await plane.close()

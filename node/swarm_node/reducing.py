@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 PARTIAL_SHARES = (0.5, 0.8, 0.9)
 """Of the exchange time: when the first, second and third reducer of a part go on with what they have."""
 
-BODIES_AT_ONCE = 6
+BODIES_AT_ONCE = 4
 REDUCTIONS_AT_ONCE = 2
 
 Publish = Callable[[Envelope, PartRecord], Awaitable[object]]
@@ -190,11 +190,9 @@ class Reducer:
 
     def _require_sound(self, part: int, encoded: Bytes) -> None:
         try:
-            values = parts.decode_part(self._spec, part, encoded)
+            parts.require_sound(self._spec, part, encoded)
         except InvalidDataError as error:
-            raise UnsoundPartError(f"the part does not decode: {error}") from error
-        if not aggregate.bounded(values, self._spec.exchange.max_norm):
-            raise UnsoundPartError(f"the norm of the part exceeds {self._spec.exchange.max_norm}")
+            raise UnsoundPartError(f"the part is not sound: {error}") from error
 
     def _count(self, part: int, slot: int, digest: bytes) -> None:
         inbox = self._inbox(part)

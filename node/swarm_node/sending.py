@@ -17,9 +17,9 @@ from swarm_node.contribution import Contribution
 from swarm_node.faults import Faults, Point
 from swarm_node.folder import RunFolder
 from swarm_node.measured import Measured
+from swarm_protocol import encoding
 from swarm_protocol.calls import Header
 from swarm_protocol.errors import InvalidDataError, RefusedError, UnreachableError
-from swarm_protocol.files import write_atomic
 from swarm_protocol.peers import PeerPlane
 from swarm_protocol.records import Envelope, PartReceipt, RoundPlan
 from swarm_protocol.spec import RunSpec
@@ -27,7 +27,7 @@ from swarm_protocol.spec import RunSpec
 log = logging.getLogger(__name__)
 
 IN_FLIGHT_PER_REDUCER = 2
-IN_FLIGHT = 6
+IN_FLIGHT = 4
 REDUCERS_TRIED = 3
 ATTEMPT_SHARE = 0.2
 """Of the exchange time: how long one delivery may take."""
@@ -74,7 +74,7 @@ class Sender:
                     if reducer in silent:
                         continue
                     try:
-                        await self._hand_over(part, place, reducer)
+                        await self._hand_over(part, reducer)
                         taken[part] = place
                         return
                     except UnreachableError as error:
@@ -91,7 +91,7 @@ class Sender:
         await asyncio.gather(*(deliver(part, position) for part, position in sorted(beginning.items())))
         return taken
 
-    async def _hand_over(self, part: int, place: int, reducer: bytes) -> None:
+    async def _hand_over(self, part: int, reducer: bytes) -> None:
         if reducer == self.plane.identity.public_key:
             await self.take_own(part, self.mine.slot)
             return
@@ -112,9 +112,9 @@ class Sender:
                 max_answer_bytes=0,
                 timeout_s=max(1.0, ATTEMPT_SHARE * self.spec.rounds.exchange_s),
             )
-        self._keep_receipt(part, place, reducer, answer.get("receipt"))
+        self._keep_receipt(part, reducer, answer.get("receipt"))
 
-    def _keep_receipt(self, part: int, place: int, reducer: bytes, raw: object) -> None:
+    def _keep_receipt(self, part: int, reducer: bytes, raw: object) -> None:
         """Check and store the reducer's receipt.
 
         Raises:
@@ -126,5 +126,6 @@ class Sender:
         receipt = envelope.open_as(PartReceipt, run=self.spec.run_id, round=self.plan.round, key=reducer)
         if (receipt.part, receipt.slot, receipt.part_hash) != (part, self.mine.slot, self.mine.part_hashes[part]):
             raise InvalidDataError("a receipt for another part")
-        write_atomic(self.folder.work(self.plan.round) / f"receipt-{part}-{place}", raw, durable=False)
+        with (self.folder.work(self.plan.round) / "receipts").open("ab") as file:
+            file.write(encoding.encode(raw))  # a sequence of byte strings
         self.measured.receipts += 1

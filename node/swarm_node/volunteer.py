@@ -15,6 +15,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import numpy as np
+
 from swarm_node import contribution as contributions
 from swarm_node.averages import Averages
 from swarm_node.contribution import Contribution, Progress, Train
@@ -92,6 +94,7 @@ class Volunteer:
         self._faults = faults
         self._evidence = Evidence(faults)
         self._measured = Measured()
+        self._vector = np.empty(client.spec.model.num_parameters, np.float32)
         self._desk = ExchangeDesk()
         self._stopping = asyncio.Event()
         self._checkpoint: Checkpoint | None = None
@@ -244,7 +247,8 @@ class Volunteer:
             closing.cancel()
         exchange = Exchange(
             self._spec, plan, commitments, plane=self._plane, client=self._client, ledger=self._ledger,
-            folder=self._run_folder, evidence=self._evidence, measured=self._measured, faults=self._faults,
+            folder=self._run_folder, evidence=self._evidence, vector=self._vector, measured=self._measured,
+            faults=self._faults,
         )  # fmt: skip
         await self._desk.open(exchange)
         if mine is not None:

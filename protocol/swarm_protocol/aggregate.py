@@ -117,10 +117,12 @@ def bounded(values: Float32, max_norm: float) -> bool:
     peak = max(float(values.max(initial=0.0)), -float(values.min(initial=0.0)))
     if not np.isfinite(peak):
         return False
-    # As a rule no value is near the bound, and the sum, whose rounding is far below the margin, need not be computed.
-    if values.size * peak * peak <= 0.99 * max_norm * max_norm:
-        return True
-    return sum_of_squares(values) <= max_norm * max_norm
+    return clearly_bounded(values.size, peak, max_norm) or sum_of_squares(values) <= max_norm * max_norm
+
+
+def clearly_bounded(numel: int, peak: float, max_norm: float) -> bool:
+    """Whether `numel` values of at most this magnitude are `bounded` for certain: the rounding of sums is far below 1 %."""
+    return numel * peak * peak <= 0.99 * max_norm * max_norm
 
 
 def sum_of_squares(values: Float32, origin: Float32 | None = None) -> float:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from swarm_protocol import aggregate, chunks, outer, parts
+from swarm_protocol import chunks, outer, parts
 from swarm_protocol.chunks import StateManifest
 from swarm_protocol.errors import HashMismatchError, InvalidDataError
 from swarm_protocol.spec import RunSpec
@@ -65,16 +65,14 @@ class Checkpoint:
         return checkpoint
 
 
-def decode_average(spec: RunSpec, part: int, data: bytes | bytearray) -> F32:
-    """The averaged pseudo-gradient of one part from its encoding.
+def decode_average(spec: RunSpec, part: int, data: bytes | bytearray, out: F32 | None = None) -> F32:
+    """The averaged pseudo-gradient of one part from its encoding, in `out` where that is given.
 
     Raises:
         InvalidDataError: not an encoding of this part, or not finite, or beyond the norm bound: by rule, missing.
     """
-    values = parts.decode_part(spec, part, data)
-    if not aggregate.bounded(values, spec.exchange.max_norm):
-        raise InvalidDataError(f"the average of part {part} exceeds the norm bound {spec.exchange.max_norm}")
-    return values
+    parts.require_sound(spec, part, data)
+    return parts.decode_part(spec, part, data, out)
 
 
 def advance(spec: RunSpec, checkpoint: Checkpoint, averages: Sequence[bytes | None]) -> Checkpoint:
@@ -89,7 +87,7 @@ def advance(spec: RunSpec, checkpoint: Checkpoint, averages: Sequence[bytes | No
     for part, (where, data) in enumerate(zip(parts.slices(spec), averages, strict=True)):
         if data is not None:
             with contextlib.suppress(InvalidDataError):  # not sound: by rule, missing
-                pseudo_gradient[where] = decode_average(spec, part, data)
+                decode_average(spec, part, data, pseudo_gradient[where])
     return step(spec, checkpoint, pseudo_gradient)
 
 

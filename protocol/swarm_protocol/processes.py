@@ -43,9 +43,9 @@ def reuse_freed_memory() -> None:
     trim_threshold, mmap_threshold, arena_max = -1, -3, -8
     with contextlib.suppress(AttributeError):
         libc = ctypes.CDLL(None)
-        libc.mallopt(mmap_threshold, 32 << 20)
-        libc.mallopt(trim_threshold, 128 << 20)
-        libc.mallopt(arena_max, 2)
+        libc.mallopt(mmap_threshold, 16 << 20)
+        libc.mallopt(trim_threshold, 32 << 20)
+        libc.mallopt(arena_max, 1)
 
 
 def require_platform() -> None:

@@ -180,7 +180,9 @@ def compare(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str
     times: dict[str, list[Any]] = {name: [] for name in (*CODECS, "hivemind", "gloo")}
     try:
         for turn in range(options.repeats + 1):  # the first one warms up
-            found: dict[str, Any] = {name: ours.measure(numel, name, options.parts or _parts(options, name)) for name in options.codecs}
+            found: dict[str, Any] = {
+                name: ours.measure(numel, name, options.parts or _parts(options, name)) for name in options.codecs
+            }
             found["hivemind"] = None if hivemind is None else hivemind.measure()
             found["gloo"] = None if gloo is None else gloo.measure()
             for name, value in found.items():

@@ -29,7 +29,6 @@ from swarm_protocol.peers import PeerPlane
 from swarm_protocol.records import (
     Addresses,
     CheckpointReport,
-    Envelope,
     Evaluation,
     PartHeld,
     PartRecord,
@@ -189,9 +188,7 @@ class CheckpointWorker:
                 if not found:
                     await asyncio.sleep(0.1)
 
-    async def _hold(
-        self, plan: RoundPlan, reducers: list[bytes], record: PartRecord, gate: asyncio.Semaphore
-    ) -> None:
+    async def _hold(self, plan: RoundPlan, reducers: list[bytes], record: PartRecord, gate: asyncio.Semaphore) -> None:
         if record.size_bytes != parts.encoded_part_bytes(self._spec, record.part):
             return
         while True:

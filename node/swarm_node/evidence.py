@@ -15,12 +15,11 @@ from pathlib import Path
 from swarm_node.contribution import Contribution, load
 from swarm_node.faults import NONE, Faults, Point
 from swarm_node.folder import RunFolder
+from swarm_protocol.calls import Answer, Call, Handler
 from swarm_protocol.chunks import CHUNK_BYTES, StateManifest
 from swarm_protocol.errors import RefusedError
 from swarm_protocol.files import write_atomic
-from swarm_protocol.calls import Answer, Call, Handler
 from swarm_protocol.spec import RunSpec
-
 
 HELD_BYTES = 16 << 20
 

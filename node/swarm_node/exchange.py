@@ -113,7 +113,10 @@ class Exchange:
         sender = Sender(
             self._spec, self.plan, mine, self.orders, self._plane, self._folder, self._measured, self._faults, take_own
         )  # fmt: skip
-        stages = [self._wait_for_averages, *(partial(self._until, share) for share in BACKUP_SHARES[1:])]
+        stages: list[Callable[[], Awaitable[object]]] = [
+            self._wait_for_averages,
+            *(partial(self._until, share) for share in BACKUP_SHARES[1:]),
+        ]
         await sender.run(self.averages.missing, stages)
 
     async def _wait_for_averages(self) -> None:

@@ -70,7 +70,7 @@ class Faults:
             elif fault.action is Action.SLOW:
                 await asyncio.sleep(SLOW_S)
 
-    def tamper(self, point: Point, round_number: int, content: bytes) -> bytes:
+    def tamper(self, point: Point, round_number: int, content: bytes | bytearray) -> bytes | bytearray:
         """What is sent in place of `content`."""
         garbage = any(fault.action is Action.GARBAGE for fault in self._here(point, round_number))
         return bytes(byte ^ 0x5A for byte in content) if garbage else content

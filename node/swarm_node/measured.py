@@ -80,7 +80,8 @@ class Measured:
                 for plane in ("daemon", "direct")
             },
             "bytes_by_peer": {
-                peer: {"sent": sent, "received": received} for peer, (sent, received) in sorted(_by_peer(traffic).items())
+                peer: {"sent": sent, "received": received}
+                for peer, (sent, received) in sorted(_by_peer(traffic).items())
             },
         }
 

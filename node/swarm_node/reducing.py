@@ -242,7 +242,9 @@ class Reducer:
             return
         left_out = [slot for slot in self._commitments.by_slot if slot not in inbox.inputs]
         if any(self._receipted(part, slot) for slot in left_out):
-            log.warning("part %d of round %d: inputs that we receipted were lost; a backup has it", part, self._plan.round)
+            log.warning(
+                "part %d of round %d: inputs that we receipted were lost; a backup has it", part, self._plan.round
+            )
             return
         await self._faults.at(Point.REDUCING, self._plan.round)
         with self._measured.reduction.measure():

@@ -51,7 +51,7 @@ class Sender:
 
     async def run(self, wanting: Callable[[], list[int]], stages: list[Callable[[], Awaitable[object]]]) -> None:
         """Deliver everything; then, as each of `stages` comes, deliver what `wanting()` names to the next reducers."""
-        taken = await self._deliver({part: 0 for part in range(len(self.orders))})
+        taken = await self._deliver(dict.fromkeys(range(len(self.orders)), 0))
         for stage in stages:
             await stage()
             missing = {part: taken.get(part, -1) + 1 for part in wanting()}
@@ -108,7 +108,7 @@ class Sender:
             answer, _ = await self.plane.call(
                 reducer,
                 header,
-                self.faults.tamper(Point.DELIVERING, self.plan.round, encoded),
+                bytes(self.faults.tamper(Point.DELIVERING, self.plan.round, encoded)),
                 max_answer_bytes=0,
                 timeout_s=max(1.0, ATTEMPT_SHARE * self.spec.rounds.exchange_s),
             )

@@ -319,9 +319,9 @@ async def _readable(channel: Channel) -> None:
     if channel.stale():
         return
     loop = asyncio.get_running_loop()
-    arrived = loop.create_future()
-    loop.add_reader(channel, lambda: arrived.done() or arrived.set_result(None))
+    arrived = asyncio.Event()
+    loop.add_reader(channel, arrived.set)
     try:
-        await arrived
+        await arrived.wait()
     finally:
         loop.remove_reader(channel)

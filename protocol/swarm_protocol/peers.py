@@ -63,7 +63,9 @@ __all__ = ["MAX_HEADER_BYTES", "Answer", "Call", "Handler", "Header", "PeerPlane
 class PeerPlane:
     """One daemon, one DHT node, and the calls that go through them. Use `start`, and `close` at the end."""
 
-    def __init__(self, identity: Identity, run: bytes, p2p: Any, dht: Any, *, direct: bool, direct_host: str | None) -> None:
+    def __init__(
+        self, identity: Identity, run: bytes, p2p: Any, dht: Any, *, direct: bool, direct_host: str | None
+    ) -> None:
         self.identity = identity
         self.traffic = Traffic()
         self._run = run
@@ -336,7 +338,7 @@ class PeerPlane:
 
     # Messages on the daemon's streams
 
-    async def _send(self, peer: bytes, writer: asyncio.StreamWriter, header: Header, body: bytes | memoryview) -> None:
+    async def _send(self, peer: bytes, writer: asyncio.StreamWriter, header: Header, body: Bytes | memoryview) -> None:
         head = pack(header, len(body))
         writer.write(head)
         view = memoryview(body)

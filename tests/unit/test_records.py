@@ -64,9 +64,7 @@ ONE_OF_EACH: dict[str, Record] = {
         records.PartRecord(
             **NAME, part=5, commitment_set=digest("set"), result=digest("average"), size_bytes=1000, slots=(0, 1)
         ),
-        records.PartReceipt(
-            **NAME, commitment=digest("commitment"), part=5, slot=1, part_hash=digest("encoded part")
-        ),
+        records.PartReceipt(**NAME, commitment=digest("commitment"), part=5, slot=1, part_hash=digest("encoded part")),
         records.PartHeld(**NAME, part_record=digest("part record")),
         records.CheckpointReport(**NAME, base=digest("base"), parts=(digest("part"), None), root=digest("root")),
         records.RoundManifest(

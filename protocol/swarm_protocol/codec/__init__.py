@@ -13,7 +13,8 @@ from typing import Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from swarm_protocol.codec import blockwise, raw
+from swarm_protocol.codec import raw
+from swarm_protocol.codec.blockwise import INT4, INT8
 
 Float32 = npt.NDArray[np.float32]
 Name = Literal["none", "int8", "int4"]
@@ -47,10 +48,8 @@ class Codec:
 
 _CODECS: dict[Name, Codec] = {
     "none": Codec("none", raw.encoded_bytes, raw.encode, raw.decode, raw.peak),
-    **{
-        name: Codec(name, entry.encoded_bytes, entry.encode, entry.decode, entry.peak)
-        for name, entry in (("int8", blockwise.INT8), ("int4", blockwise.INT4))
-    },
+    "int8": Codec("int8", INT8.encoded_bytes, INT8.encode, INT8.decode, INT8.peak),
+    "int4": Codec("int4", INT4.encoded_bytes, INT4.encode, INT4.decode, INT4.peak),
 }
 
 

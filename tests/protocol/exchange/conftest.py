@@ -21,7 +21,16 @@ from swarm_protocol.errors import HashMismatchError
 from swarm_protocol.files import write_atomic
 from swarm_protocol.identity import Identity
 from swarm_protocol.peers import Answer, Call, Handler, PeerPlane
-from swarm_protocol.records import CommitmentSet, Envelope, PartReceipt, PartRecord, RoundManifest, RoundPlan, Seat, SlotHash
+from swarm_protocol.records import (
+    CommitmentSet,
+    Envelope,
+    PartReceipt,
+    PartRecord,
+    RoundManifest,
+    RoundPlan,
+    Seat,
+    SlotHash,
+)
 from swarm_protocol.signing import SigningLedger
 from swarm_protocol.spec import (
     AuditSpec,

@@ -37,7 +37,9 @@ def finish(round: Any, sealed: SealedRound, slot: int = 0) -> bytes:
 
 
 def assembled(round: Any, averages: list[bytes | None]) -> bytes:
-    decoded = [None if data is None else parts.decode_part(round.spec, part, data) for part, data in enumerate(averages)]
+    decoded = [
+        None if data is None else parts.decode_part(round.spec, part, data) for part, data in enumerate(averages)
+    ]
     return parts.assemble(round.spec, decoded).tobytes()
 
 

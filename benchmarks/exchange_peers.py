@@ -72,6 +72,7 @@ def peer(pipe: Connection, parent: int, number: int, folder: Path, bootstrap: li
     """The process."""
     processes.die_with_parent(parent)
     processes.reuse_freed_memory()
+    folder.mkdir(parents=True)
     asyncio.run(_peer(pipe, number, folder, bootstrap, direct))
 
 
@@ -104,7 +105,6 @@ class Coordinator:
 
 
 async def _peer(pipe: Connection, number: int, folder: Path, bootstrap: list[str], direct: bool) -> None:
-    folder.mkdir(parents=True)
     identity = Identity.load_or_create(folder / "identity")
     plane = await PeerPlane.start(folder / "identity", bytes(32), initial_peers=bootstrap, direct=direct)
     evidence, desk = OwnParts(), ExchangeDesk()
@@ -169,7 +169,7 @@ class _Node:
         work.prune(plan.round)
         slot = plan.slot_of(self._plane.identity.public_key)
         assert slot is not None
-        Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
+        _forget_peak()
         self._pipe.send("ready")
         await asyncio.to_thread(self._pipe.recv)
         start, cpu = time.monotonic(), cpu_s()
@@ -243,6 +243,11 @@ def _result(numel: int) -> npt.NDArray[np.float32]:
 def _idle(numel: int) -> int:
     """Resident bytes before the first exchange of this size, with the tensor and what averages are decoded into."""
     return int(psutil.Process().memory_info().rss)
+
+
+def _forget_peak() -> None:
+    """Let the peak of resident memory be the one from here on."""
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def _peak() -> int:

@@ -61,7 +61,7 @@ class Call:
         return await self.body_into(bytes, max_bytes)
 
     async def body_into(self, use: Callable[[Bytes], T], max_bytes: int) -> T:
-        """Read the body and return what `use` makes of it, which runs in a thread. Raises like `body`, and what `use` does."""
+        """Read the body and return what `use` makes of it in a thread. Raises as `body` and `use` do."""
         if self.size_bytes > max_bytes:
             raise RefusedError(f"a body of {self.size_bytes} bytes where at most {max_bytes} are allowed")
         result: T = await self._receive(use)

@@ -253,7 +253,7 @@ class DirectPlane:
         return not unread
 
     async def _blocking(self, channel: Channel, work: Callable[[], T]) -> T:
-        """Run blocking work on a channel in a thread. Cancelling this breaks the channel, and waits until its thread is out."""
+        """Run blocking work on a channel in a thread. Cancelling this breaks the channel, and waits for the thread."""
         running = self._pool.submit(work)
         try:
             return await asyncio.shield(asyncio.wrap_future(running))

@@ -29,7 +29,6 @@ from swarm_protocol.peers import PeerPlane
 from swarm_protocol.records import (
     Addresses,
     CheckpointReport,
-    Envelope,
     Evaluation,
     PartHeld,
     PartRecord,
@@ -45,6 +44,8 @@ START_PATIENCE_S = 120.0
 POLL_S = 10.0
 FETCH_TIMEOUT_S = 15.0
 RETRY_S = 1.0
+ATTEMPT_SHARE = 0.2
+OTHERS_ASKED = 3
 PARALLEL = 4
 
 T = TypeVar("T")
@@ -162,7 +163,7 @@ class CheckpointWorker:
         """Fetch, check and keep every average that is published, as it comes; until cancelled."""
         reducers = {seat.peer for seat in plan.roster if seat.reducer}
         gate = asyncio.Semaphore(PARALLEL)
-        seen: set[bytes] = set()
+        sources: dict[bytes, list[bytes]] = {}
         count = 0
         async with asyncio.TaskGroup() as tasks:
             while True:
@@ -177,29 +178,32 @@ class CheckpointWorker:
                     except InvalidDataError as error:
                         log.warning("round %d: %s", plan.round, error)
                         continue
-                    if record.hash not in seen:
-                        seen.add(record.hash)
-                        tasks.create_task(self._hold(envelope, record, gate))
-                if found is None:
+                    # A backup may come to the same average as the first reducer, and sign the same record.
+                    if record.hash in sources:
+                        sources[record.hash].insert(0, envelope.key)
+                    else:
+                        sources[record.hash] = [envelope.key]
+                        tasks.create_task(self._hold(plan, sources[record.hash], record, gate))
+                count += len(found or [])
+                if not found:
                     await asyncio.sleep(0.1)
-                else:
-                    count = max(count, len(found))
 
-    async def _hold(self, envelope: Envelope, record: PartRecord, gate: asyncio.Semaphore) -> None:
+    async def _hold(self, plan: RoundPlan, reducers: list[bytes], record: PartRecord, gate: asyncio.Semaphore) -> None:
+        if record.size_bytes != parts.encoded_part_bytes(self._spec, record.part):
+            return
         while True:
-            try:
-                async with gate:
-                    average = await self._fetch(envelope.key, record)
+            async with gate:
+                others = [seat.peer for seat in plan.roster if seat.peer not in reducers][:OTHERS_ASKED]
+                average = await self._fetch([*reducers, *others], record)
+            if average is not None:
                 break
-            except (UnreachableError, RefusedError) as error:
-                log.info("part %d of round %d: %s; trying again", record.part, record.round, error)
-            except InvalidDataError as error:
-                log.warning(
-                    "part %d of round %d from %s is not sound: %s",
-                    record.part, record.round, peer_id(envelope.key), error,
-                )  # fmt: skip
-                return
             await asyncio.sleep(RETRY_S)
+        try:
+            await asyncio.to_thread(checkpoints.decode_average, self._spec, record.part, average)
+        except InvalidDataError as error:
+            signer = peer_id(reducers[0])
+            log.warning("part %d of round %d by %s is not sound: %s", record.part, record.round, signer, error)
+            return
         await asyncio.to_thread(self._store.put, record.result, average)
         held = await asyncio.to_thread(
             self._ledger.sign_next,
@@ -212,22 +216,25 @@ class CheckpointWorker:
         except RefusedError as error:
             log.info("part %d of round %d is held too late: %s", record.part, record.round, error)
 
-    async def _fetch(self, reducer: bytes, record: PartRecord) -> bytes:
-        """The average's bytes, checked for hash, form, finiteness and norm."""
+    async def _fetch(self, sources: list[bytes], record: PartRecord) -> bytes | None:
+        """The average's bytes, from our store or from the first of these peers that has them."""
         kept = await asyncio.to_thread(self._store.get, record.result)
-        if kept is None:
-            if record.size_bytes != parts.encoded_part_bytes(self._spec, record.part):
-                raise InvalidDataError("its declared size is not that of an encoded part")
-            _, kept = await self._plane.call(
-                reducer,
-                {"op": "get", "hash": record.result},
-                max_answer_bytes=record.size_bytes,
-                timeout_s=FETCH_TIMEOUT_S,
-            )
-            if content_hash(kept) != record.result:
-                raise InvalidDataError("the reducer serves other bytes than it signed")
-        await asyncio.to_thread(checkpoints.decode_average, self._spec, record.part, kept)
-        return kept
+        if kept is not None:
+            return kept
+        for source in sources:
+            try:
+                _, found = await self._plane.call(
+                    source,
+                    {"op": "get", "hash": record.result},
+                    max_answer_bytes=record.size_bytes,
+                    timeout_s=min(FETCH_TIMEOUT_S, max(1.0, ATTEMPT_SHARE * self._spec.rounds.exchange_s)),
+                )
+                if content_hash(found) == record.result:
+                    return found
+                log.warning("%s serves other bytes for part %d than its record names", peer_id(source), record.part)
+            except (UnreachableError, RefusedError, InvalidDataError) as error:
+                log.info("part %d of round %d: %s", record.part, record.round, error)
+        return None
 
     # Held-out loss
 

@@ -67,6 +67,7 @@ def join(
     device: Annotated[Device, typer.Option(help="What to train on.")] = Device.AUTO,
     threads: Annotated[int | None, typer.Option(min=1, max=1024, help="CPU threads.", show_default="all")] = None,
     cheat: Annotated[Cheat | None, typer.Option(hidden=True)] = None,
+    fault: Annotated[list[str] | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Join a run and contribute until it ends. Ctrl-C finishes the current contribution, a second one stops at once."""
     from swarm_node import joining
@@ -81,6 +82,7 @@ def join(
             device=device,
             threads=threads,
             cheat=cheat,
+            faults=tuple(fault or ()),
         )
     )
 

@@ -2,41 +2,55 @@
 
 trace {round}    the state roots behind the trace root of our commitment
 state {root}     the chunk hashes behind a state root
-get   {hash}     a chunk of a state, an encoded part, or an average that we reduced
+get   {hash}     a chunk of a state, an encoded part (ours, or one that we reduced), or an average of a round
 """
 
 from __future__ import annotations
 
 import asyncio
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
 from swarm_node.contribution import Contribution, load
+from swarm_node.faults import NONE, Faults, Point
 from swarm_node.folder import RunFolder
+from swarm_protocol.calls import Answer, Call, Handler
 from swarm_protocol.chunks import CHUNK_BYTES, StateManifest
 from swarm_protocol.errors import RefusedError
-from swarm_protocol.peers import Answer, Call, Handler
+from swarm_protocol.files import write_atomic
 from swarm_protocol.spec import RunSpec
+
+HELD_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """Where the bytes of a hash lie."""
+    """Where the bytes of a hash lie: in a file, or, until they are written there, in memory."""
 
     path: Path
     offset: int
     size_bytes: int
+    held: bytes | bytearray | None = None
 
-    def read(self) -> bytes:
+    def read(self) -> bytes | bytearray:
+        if self.held is not None:
+            return self.held
         with self.path.open("rb") as file:
             file.seek(self.offset)
             return file.read(self.size_bytes)
 
 
 class Evidence:
-    """An index of everything on disk that others may ask for."""
+    """An index of everything on disk that others may ask for.
 
-    def __init__(self) -> None:
+    What is passed on in an exchange is held in memory, up to `held_bytes` in all, and written when there is time for it.
+    """
+
+    def __init__(self, faults: Faults = NONE, *, held_bytes: int = HELD_BYTES) -> None:
+        self._faults = faults
+        self._room_bytes = held_bytes
+        self._lock = threading.Lock()
         self._pieces: dict[int, dict[bytes, _Piece]] = {}
         self._states: dict[int, dict[bytes, StateManifest]] = {}
         self._traces: dict[int, tuple[bytes, ...]] = {}
@@ -52,8 +66,8 @@ class Evidence:
             contribution = load(spec, work)
             if contribution is not None:
                 self.add(round_number, contribution)
-            for path in work.glob("average-*"):
-                self.add_average(round_number, bytes.fromhex(path.name.removeprefix("average-")), path)
+            for path in [*work.glob("average-*"), *work.glob("input-*")]:
+                self.add_piece(round_number, bytes.fromhex(path.name.rsplit("-", 1)[1]), path)
 
     def add(self, round_number: int, contribution: Contribution) -> None:
         pieces = self._pieces.setdefault(round_number, {})
@@ -66,10 +80,31 @@ class Evidence:
         self._states.setdefault(round_number, {})[manifest.root] = manifest
         self._traces[round_number] = contribution.state_roots
 
-    def add_average(self, round_number: int, digest: bytes, path: Path) -> None:
+    def add_piece(self, round_number: int, digest: bytes, path: Path) -> None:
+        """Serve a file by its hash for as long as that round is kept."""
         self._pieces.setdefault(round_number, {})[digest] = _Piece(path, 0, path.stat().st_size)
 
-    def find(self, digest: bytes) -> bytes | None:
+    def keep(self, round_number: int, digest: bytes, data: bytes | bytearray, path: Path) -> None:
+        """Have these bytes: in memory while there is room, and in the file `path` sooner or later. Blocking."""
+        with self._lock:
+            room = len(data) <= self._room_bytes
+            self._room_bytes -= len(data) if room else 0
+        if not room:
+            write_atomic(path, data, durable=False)
+        piece = _Piece(path, 0, len(data), data if room else None)
+        self._pieces.setdefault(round_number, {})[digest] = piece
+
+    def write(self) -> None:
+        """Write to disk whatever is in memory only. Blocking."""
+        for pieces in list(self._pieces.values()):
+            for digest, piece in list(pieces.items()):
+                if piece.held is not None:
+                    write_atomic(piece.path, piece.held, durable=False)
+                    pieces[digest] = _Piece(piece.path, 0, piece.size_bytes)
+                    with self._lock:
+                        self._room_bytes += piece.size_bytes
+
+    def find(self, digest: bytes) -> bytes | bytearray | None:
         """The bytes of a hash, if they are here."""
         for pieces in list(self._pieces.values()):
             if digest in pieces:
@@ -78,6 +113,7 @@ class Evidence:
 
     def prune(self, before: int) -> None:
         """Forget rounds older than `before`."""
+        self.write()
         for index in (self._pieces, self._states, self._traces):
             for round_number in [number for number in index if number < before]:
                 del index[round_number]
@@ -103,4 +139,4 @@ class Evidence:
             raise RefusedError("it is no longer kept here") from error
         if data is None:
             raise RefusedError("nothing of that hash is kept here")
-        return Answer(body=data)
+        return Answer(body=self._faults.tamper(Point.SERVING, max(self._pieces), data))

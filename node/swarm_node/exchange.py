@@ -1,9 +1,12 @@
 """The exchange of one round: parts to their reducers, averages back, every byte checked against a signed record.
 
-A part goes to the first reducer in its rendezvous order; if that one does not take it, to the next. A reducer accepts a
-part only from the holder of a slot, and only if it hashes to what that slot committed to; it averages in slot order once
-all parts are in, or with those that came when half of the exchange time is over; it encodes the mean once, and signs a
-`PartRecord` with its hash. A part record is made once, also across a crash.
+Everything happens at once: our parts go out (`sending`), others' come in and are averaged (`reducing`), and averages are
+fetched as they are published (`averages`). Every wait has a deadline inside the round's exchange time E:
+
+    0        each part is delivered to its first reducer; if that one fails, to the next
+    0.5 E    a part's first reducer goes on without those who have not delivered
+    0.65 E   a part whose average is nowhere to be had is delivered to its second reducer, at 0.8 E to its third,
+    0.8 E    who go on with what they have at 0.8 E and 0.9 E
 """
 
 from __future__ import annotations
@@ -12,45 +15,41 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import defaultdict
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
+from swarm_node.averages import Averages
 from swarm_node.contribution import Contribution
 from swarm_node.evidence import Evidence
+from swarm_node.faults import NONE, Faults, Point
 from swarm_node.folder import RunFolder
-from swarm_protocol import aggregate, chunks, codec, merkle, parts
-from swarm_protocol.client import Commitments, CoordinatorClient, SealedRound, persist
-from swarm_protocol.errors import HashMismatchError, InvalidDataError, RefusedError, SwarmError, UnreachableError
-from swarm_protocol.files import write_atomic
-from swarm_protocol.peers import Answer, Call, Handler, Header, PeerPlane
+from swarm_node.measured import Measured
+from swarm_node.reducing import Reducer
+from swarm_node.sending import Sender
+from swarm_protocol import parts
+from swarm_protocol.calls import Answer, Call, Handler
+from swarm_protocol.client import Commitments, CoordinatorClient, persist
+from swarm_protocol.errors import InvalidDataError, RefusedError, UnreachableError
+from swarm_protocol.peers import PeerPlane
 from swarm_protocol.records import Envelope, PartRecord, RoundPlan
 from swarm_protocol.signing import SigningLedger
 from swarm_protocol.spec import RunSpec
 
 log = logging.getLogger(__name__)
 
-DELIVERY_TIMEOUT_S = 15.0
-FETCH_TIMEOUT_S = 15.0
-REDUCERS_TRIED = 3
-PARALLEL = 4
+EARLY_S = 8.0
+"""How long a delivery may come before our exchange of its round is open."""
 
-Post = Callable[[Envelope], Awaitable[object]]
-
-
-@dataclass
-class _Inbox:
-    """The parts of one index that arrived here, by slot."""
-
-    encoded: dict[int, bytes] = field(default_factory=dict)
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
+BACKUP_SHARES = (0.65, 0.8)
+POLL_S = 15.0
+QUIET_S = 0.5
 
 
 class Exchange:
-    """One node's share in the exchange of one round."""
+    """One node's share in the exchange of one round. Averages are decoded into `vector`, which rounds may share."""
 
     def __init__(
         self,
@@ -59,173 +58,109 @@ class Exchange:
         commitments: Commitments,
         *,
         plane: PeerPlane,
+        client: CoordinatorClient,
         ledger: SigningLedger,
         folder: RunFolder,
         evidence: Evidence,
-        post: Post,
+        vector: npt.NDArray[np.float32] | None = None,
+        measured: Measured | None = None,
+        faults: Faults = NONE,
     ) -> None:
         self.plan = plan
         self._spec = spec
         self._commitments = commitments
         self._plane = plane
-        self._ledger = ledger
+        self._client = client
         self._folder = folder
-        self._evidence = evidence
-        self._post = post
-        self._slices = parts.slices(spec)
-        self._inboxes: dict[int, _Inbox] = defaultdict(_Inbox)
-        self._closed = {part for part in range(len(self._slices)) if self._signed(part) is not None}
-        self._partial_at = time.monotonic() + spec.rounds.exchange_s / 2
+        self._started = time.monotonic()
+        self._measured = measured or Measured()
+        self._faults = faults
         committed = commitments.by_slot
-        self._reducers = [seat.peer for slot, seat in enumerate(plan.roster) if seat.reducer and slot in committed]
-        self._reducing: dict[int, asyncio.Task[None]] = {}
+        reducers = [seat.peer for slot, seat in enumerate(plan.roster) if seat.reducer and slot in committed]
+        orders = parts.reducer_orders(plan.previous_beacon, parts.part_count(spec), reducers)
+        self.orders = [[reducers[position] for position in order] for order in orders]
+        self.averages = Averages(
+            spec, plan, plane=plane, client=client, folder=folder, evidence=evidence, measured=self._measured,
+            vector=np.empty(spec.model.num_parameters, np.float32) if vector is None else vector,
+        )  # fmt: skip
+        self.reducer = Reducer(
+            spec, plan, commitments, self.orders, ledger=ledger, folder=folder, evidence=evidence,
+            measured=self._measured, faults=faults, publish=self._publish, rival=self.averages.slots_of,
+        )  # fmt: skip
 
     async def run(self, mine: Contribution | None) -> None:
-        """Deliver our parts and reduce what is sent to us, until cancelled (when the manifest is there)."""
+        """Deliver our parts, reduce what is sent to us, and fetch what is published, until cancelled."""
         try:
+            await self._faults.at(Point.OPENING, self.plan.round)
             async with asyncio.TaskGroup() as tasks:
-                for part in range(len(self._slices)):
-                    envelope = self._signed(part)
-                    if envelope is not None:  # before a crash: its average is on disk, and not made again
-                        tasks.create_task(self._publish(envelope))
+                tasks.create_task(self._watch())
+                tasks.create_task(self.reducer.restore())
                 if mine is not None and mine.slot in self._commitments.by_slot:
-                    gate = asyncio.Semaphore(PARALLEL)
-                    for part in range(len(self._slices)):
-                        tasks.create_task(self._deliver(mine, part, gate))
+                    tasks.create_task(self._send(mine))
                 await asyncio.Event().wait()  # others may still deliver to us
         finally:
             await self.stop()
 
     async def stop(self) -> None:
-        """End all reducing."""
-        for task in self._reducing.values():
-            task.cancel()
-        for outcome in await asyncio.gather(*self._reducing.values(), return_exceptions=True):
-            if isinstance(outcome, Exception):
-                log.warning("a part of round %d could not be reduced: %s", self.plan.round, outcome)
+        """End all sending, reducing and fetching; what was fetched stays for `averages.finish`."""
+        await self.reducer.stop()
+        await self.averages.stop()
 
-    # Sending
+    async def _send(self, mine: Contribution) -> None:
+        async def take_own(part: int, slot: int) -> None:
+            await self.reducer.take_own(part, slot, mine.part_hashes[part])
 
-    def order(self, part: int) -> list[bytes]:
-        """The reducers of a part, in the order in which they are tried."""
-        return [self._reducers[i] for i in parts.rendezvous(self.plan.previous_beacon, part, self._reducers)]
+        sender = Sender(
+            self._spec, self.plan, mine, self.orders, self._plane, self._folder, self._measured, self._faults, take_own
+        )  # fmt: skip
+        stages: list[Callable[[], Awaitable[object]]] = [
+            self._wait_for_averages,
+            *(partial(self._until, share) for share in BACKUP_SHARES[1:]),
+        ]
+        await sender.run(self.averages.missing, stages)
 
-    async def _deliver(self, mine: Contribution, part: int, gate: asyncio.Semaphore) -> None:
-        encoded = await asyncio.to_thread(mine.part, part)
-        proof = mine.proof(part)
-        for reducer in self.order(part)[:REDUCERS_TRIED]:
-            if reducer == self._plane.identity.public_key:
-                with contextlib.suppress(RefusedError):  # closed: its record was signed before a crash
-                    self._accept(part, mine.slot, encoded)
-                return
-            header: Header = {
-                "op": "deliver",
-                "round": self.plan.round,
-                "part": part,
-                "slot": mine.slot,
-                "proof": list(proof),
-            }
-            try:
-                async with gate:
-                    await self._plane.call(reducer, header, encoded, max_answer_bytes=0, timeout_s=DELIVERY_TIMEOUT_S)
-                return
-            except SwarmError as error:
-                log.warning("part %d of round %d: a reducer does not take it (%s)", part, self.plan.round, error)
-        log.warning("part %d of round %d found no reducer", part, self.plan.round)
+    async def _wait_for_averages(self) -> None:
+        """Until everything is here, or the first backups are due."""
+        with self._measured.waiting.measure(), contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._left(BACKUP_SHARES[0])):
+                await self.averages.complete.wait()
 
-    # Reducing
+    async def _until(self, share: float) -> None:
+        await asyncio.sleep(self._left(share))
 
-    async def receive(self, call: Call) -> Answer:
-        """A part that somebody delivers; refused unless its slot's holder committed to exactly these bytes."""
-        part, slot = int(call.header["part"]), int(call.header["slot"])
-        commitment = self._commitments.by_slot.get(slot)
-        if not 0 <= part < len(self._slices) or commitment is None:
-            raise RefusedError("no such part, or no commitment for that slot")
-        if call.caller != self.plan.roster[slot].peer:
-            raise RefusedError("that slot is held by somebody else")
-        if self._plane.identity.public_key not in self.order(part)[:REDUCERS_TRIED]:
-            raise RefusedError("this part is reduced elsewhere")
-        expected = parts.encoded_part_bytes(self._spec, part)
-        if call.size_bytes != expected:
-            raise RefusedError(f"an encoded part of {expected} bytes was expected")
-        encoded = await call.body(expected)
-        proof = call.header["proof"]
-        if not isinstance(proof, list) or not all(isinstance(step, bytes) for step in proof):
-            raise RefusedError("a proof is a list of digests")
-        root = merkle.root_from_proof(chunks.content_hash(encoded), part, len(self._slices), proof)
-        if root != commitment.parts_root:
-            raise RefusedError("the part is not the one that was committed to")
-        self._accept(part, slot, encoded)
-        return Answer()
+    def _left(self, share: float) -> float:
+        """Seconds until this share of the exchange time is over."""
+        return max(0.0, self._started + share * self._spec.rounds.exchange_s - time.monotonic())
 
-    def _accept(self, part: int, slot: int, encoded: bytes) -> None:
-        if part in self._closed:
-            raise RefusedError("this part is closed")
-        inbox = self._inboxes[part]
-        inbox.encoded[slot] = encoded
-        inbox.changed.set()
-        if part not in self._reducing:
-            self._reducing[part] = asyncio.create_task(self._reduce(part))
-
-    async def _reduce(self, part: int) -> None:
-        inbox = self._inboxes[part]
-        while len(inbox.encoded) < len(self._commitments.by_slot):
-            inbox.changed.clear()
-            try:
-                async with asyncio.timeout(max(0.0, self._partial_at - time.monotonic())):
-                    await inbox.changed.wait()
-            except TimeoutError:
-                break
-        self._closed.add(part)
+    async def _publish(self, envelope: Envelope, record: PartRecord) -> None:
+        self.averages.note(record, envelope.key)
         try:
-            average, slots = await asyncio.to_thread(self._average, part, dict(inbox.encoded))
-        except InvalidDataError as error:
-            log.warning("part %d of round %d cannot be averaged: %s", part, self.plan.round, error)
-            return
-        finally:
-            inbox.encoded.clear()
-        digest = chunks.content_hash(average)
-        path = self._folder.work(self.plan.round) / f"average-{digest.hex()}"
-        await asyncio.to_thread(write_atomic, path, average)
-        self._evidence.add_average(self.plan.round, digest, path)
-        record = PartRecord(
-            run=self._spec.run_id,
-            round=self.plan.round,
-            sequence=part,
-            part=part,
-            commitment_set=self._commitments.closing.hash,
-            result=digest,
-            size_bytes=len(average),
-            slots=slots,
-        )
-        await self._publish(self._ledger.sign(record))
+            await persist(lambda: self._client.post(envelope), deadline_s=self._spec.rounds.exchange_s)
+        except (RefusedError, UnreachableError) as error:  # as a rule the exchange has closed without it
+            log.info("part %d of round %d is not published: %s", record.part, record.round, error)
 
-    def _average(self, part: int, encoded: dict[int, bytes]) -> tuple[bytes, tuple[int, ...]]:
-        """The encoded weighted mean of the parts of these slots, without those that do not decode."""
-        decoded: dict[int, npt.NDArray[np.float32]] = {}
-        for slot, data in sorted(encoded.items()):
+    async def _watch(self) -> None:
+        """Take note of part records as they are published."""
+        count, reducers = 0, {seat.peer for seat in self.plan.roster if seat.reducer}
+        while True:
             try:
-                decoded[slot] = parts.decode_part(self._spec, part, data)
-            except InvalidDataError as error:
-                log.warning("slot %d sent a part that it committed to and that does not decode: %s", slot, error)
-        weights = {slot: self.plan.roster[slot].weight for slot in decoded}
-        where = self._slices[part]
-        exchange = self._spec.exchange
-        aggregation = aggregate.start(
-            exchange.aggregator, weights, where.stop - where.start, trim_fraction=exchange.trim_fraction
-        )
-        for slot, values in decoded.items():
-            aggregation.add(slot, values)
-        encode = codec.get(self._spec.exchange.codec).encode
-        return encode(aggregation.result()), tuple(decoded)
-
-    def _signed(self, part: int) -> Envelope | None:
-        """Our record of this part, if we ever signed one."""
-        return self._ledger.find(self._spec.run_id, PartRecord.kind, self.plan.round, part)
-
-    async def _publish(self, envelope: Envelope) -> None:
-        with contextlib.suppress(RefusedError):  # the exchange has closed without it, or the record is known
-            await persist(lambda: self._post(envelope), deadline_s=self._spec.rounds.exchange_s)
+                found = await self._client.part_records(self.plan.round, after=count, wait_s=POLL_S)
+            except (UnreachableError, RefusedError, InvalidDataError) as error:
+                log.info("part records of round %d: %s", self.plan.round, error)
+                found = None
+            for envelope in found or []:
+                try:
+                    record = envelope.open_as(PartRecord, run=self._spec.run_id, round=self.plan.round)
+                    if envelope.key not in reducers or record.part >= len(self.orders):
+                        raise InvalidDataError("a part record that is not of this round")
+                    if record.commitment_set != self._commitments.closing.hash:
+                        raise InvalidDataError("a part record over other commitments")
+                    self.averages.note(record, envelope.key)
+                except InvalidDataError as error:
+                    log.warning("round %d: %s", self.plan.round, error)
+            count += len(found or [])
+            if not found:
+                await asyncio.sleep(QUIET_S)  # the coordinator is away, or the exchange closed and it does not wait
 
 
 class ExchangeDesk:
@@ -248,50 +183,11 @@ class ExchangeDesk:
         wanted = int(call.header["round"])
         async with self._changed:
             try:
-                async with asyncio.timeout(DELIVERY_TIMEOUT_S / 2):
+                async with asyncio.timeout(EARLY_S):
                     await self._changed.wait_for(lambda: self._open is not None and self._open.plan.round >= wanted)
             except TimeoutError:
                 raise RefusedError("the exchange of that round is not open here") from None
             exchange = self._open
         if exchange is None or exchange.plan.round != wanted:
             raise RefusedError("the exchange of that round is over")
-        return await exchange.receive(call)
-
-
-async def fetch_averages(
-    spec: RunSpec, sealed: SealedRound, *, plane: PeerPlane, client: CoordinatorClient, evidence: Evidence
-) -> list[bytes | None]:
-    """The encoded average of every part that the manifest names: from ourselves, its reducer, or the coordinator.
-
-    Raises:
-        UnreachableError: some part is nowhere to be had.
-    """
-    gate = asyncio.Semaphore(PARALLEL)
-
-    async def fetch(name: bytes | None) -> bytes | None:
-        if name is None:
-            return None
-        record, reducer = sealed.part_records[name]
-        here = evidence.find(record.result)
-        if here is not None:
-            return here
-        async with gate:
-            if reducer != plane.identity.public_key:
-                try:
-                    _, data = await plane.call(
-                        reducer,
-                        {"op": "get", "hash": record.result},
-                        max_answer_bytes=record.size_bytes,
-                        timeout_s=FETCH_TIMEOUT_S,
-                    )
-                    if chunks.content_hash(data) == record.result:
-                        return data
-                    log.warning("a reducer serves other bytes for part %d than it signed", record.part)
-                except (UnreachableError, RefusedError, InvalidDataError) as error:
-                    log.info("part %d comes from the coordinator, not from its reducer (%s)", record.part, error)
-            return await client.chunk(record.result, max_bytes=record.size_bytes)
-
-    try:
-        return list(await asyncio.gather(*(fetch(name) for name in sealed.manifest.parts)))
-    except HashMismatchError as error:
-        raise UnreachableError(str(error)) from error
+        return await exchange.reducer.receive(call)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import platform
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from swarm_node.faults import Fault, Faults
 from swarm_node.folder import DataFolder
 from swarm_protocol import processes
 from swarm_protocol.client import CoordinatorClient, persist
@@ -34,6 +36,7 @@ class Options:
     device: str
     threads: int | None
     cheat: str | None
+    faults: tuple[str, ...] = ()
 
 
 def join(options: Options) -> None:
@@ -43,14 +46,16 @@ def join(options: Options) -> None:
         SwarmError: with a message for the donor.
     """
     processes.require_platform()
+    processes.reuse_freed_memory()
+    faults = Faults(tuple(Fault.parse(text) for text in options.faults))
     logging.basicConfig(level=os.environ.get("SWARM_LOG", "WARNING"), format="%(asctime)s %(levelname)s %(message)s")
     folder = DataFolder(options.data_dir)
     identity = Identity.load_or_create(folder.identity)
     with SigningLedger(folder.ledger, identity) as ledger:
-        asyncio.run(_join(options, folder, ledger))
+        asyncio.run(_join(options, folder, ledger, faults))
 
 
-async def _join(options: Options, folder: DataFolder, ledger: SigningLedger) -> None:
+async def _join(options: Options, folder: DataFolder, ledger: SigningLedger, faults: Faults) -> None:
     said: set[str] = set()
 
     def waiting(reason: str) -> None:
@@ -92,7 +97,9 @@ async def _join(options: Options, folder: DataFolder, ledger: SigningLedger) -> 
                 threads=threads,
                 say=say,
                 how=cheats.kind(options.cheat),
+                faults=faults,
             )
+            gc.freeze()  # what was imported stays; collecting it over and over costs as much as an exchange
             await _until_stopped(volunteer.run, volunteer.finish)
         finally:
             await plane.close()

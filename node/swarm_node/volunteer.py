@@ -15,11 +15,16 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import numpy as np
+
 from swarm_node import contribution as contributions
+from swarm_node.averages import Averages
 from swarm_node.contribution import Contribution, Progress, Train
 from swarm_node.evidence import Evidence
-from swarm_node.exchange import Exchange, ExchangeDesk, fetch_averages
+from swarm_node.exchange import Exchange, ExchangeDesk
+from swarm_node.faults import NONE, Faults
 from swarm_node.folder import DataFolder, RunFolder
+from swarm_node.measured import Measured
 from swarm_protocol import PROTOCOL_VERSION, __version__, data, fetch
 from swarm_protocol import checkpoint as checkpoints
 from swarm_protocol.checkpoint import Checkpoint
@@ -55,6 +60,7 @@ class Activity:
     checkpoint: dict[str, Any] = field(default_factory=dict)
     bytes_sent: int = 0
     bytes_received: int = 0
+    exchange: dict[str, Any] = field(default_factory=dict)
 
 
 class Volunteer:
@@ -72,6 +78,7 @@ class Volunteer:
         threads: int,
         say: Callable[[str], None],
         how: Train = contributions.train,
+        faults: Faults = NONE,
     ) -> None:
         self._client = client
         self._spec = client.spec
@@ -84,7 +91,10 @@ class Volunteer:
         self._how = how
         self._key = ledger.identity.public_key
         self._fingerprint = runtime_fingerprint(device, threads)
-        self._evidence = Evidence()
+        self._faults = faults
+        self._evidence = Evidence(faults)
+        self._measured = Measured()
+        self._vector = np.empty(client.spec.model.num_parameters, np.float32)
         self._desk = ExchangeDesk()
         self._stopping = asyncio.Event()
         self._checkpoint: Checkpoint | None = None
@@ -236,8 +246,9 @@ class Volunteer:
         finally:
             closing.cancel()
         exchange = Exchange(
-            self._spec, plan, commitments, plane=self._plane, ledger=self._ledger, folder=self._run_folder,
-            evidence=self._evidence, post=self._client.post,
+            self._spec, plan, commitments, plane=self._plane, client=self._client, ledger=self._ledger,
+            folder=self._run_folder, evidence=self._evidence, vector=self._vector, measured=self._measured,
+            faults=self._faults,
         )  # fmt: skip
         await self._desk.open(exchange)
         if mine is not None:
@@ -252,9 +263,10 @@ class Volunteer:
                     log.warning("our share in the exchange of round %d failed: %s", plan.round, outcome)
             await exchange.stop()
             await self._desk.open(None)
+            await asyncio.to_thread(self._evidence.write)
         if mine is not None:
             self._in_background(self._open_nonce(plan, mine))
-        await self._hold(await self._advance(plan, checkpoint, sealed))
+        await self._hold(await self._advance(plan, checkpoint, sealed, exchange.averages))
         self._forget(plan.round)
 
     async def _contribute(
@@ -329,14 +341,14 @@ class Volunteer:
         self._tokens_per_s = max(1e-3, seat.steps * self._spec.tokens_per_step / (time.monotonic() - started))
         return mine
 
-    async def _advance(self, plan: RoundPlan, checkpoint: Checkpoint, sealed: SealedRound) -> Checkpoint:
+    async def _advance(
+        self, plan: RoundPlan, checkpoint: Checkpoint, sealed: SealedRound, averages: Averages
+    ) -> Checkpoint:
         """Apply the manifest's averages; where our root is not the manifest's, fetch the right checkpoint and say so."""
         self._tell("applying the averages", round=plan.round)
         try:
-            averages = await fetch_averages(
-                self._spec, sealed, plane=self._plane, client=self._client, evidence=self._evidence
-            )
-            following = await asyncio.to_thread(checkpoints.advance, self._spec, checkpoint, averages)
+            pseudo_gradient = await averages.finish(sealed)
+            following = await asyncio.to_thread(checkpoints.step, self._spec, checkpoint, pseudo_gradient)
             reason = "our checkpoint differs"
         except (UnreachableError, RefusedError, InvalidDataError) as error:
             following, reason = None, str(error)
@@ -430,4 +442,5 @@ class Volunteer:
         progress.round = progress.round if round is None else round
         progress.loss = progress.loss if loss is None else loss
         progress.bytes_sent, progress.bytes_received = self._plane.traffic.sent, self._plane.traffic.received
+        progress.exchange = self._measured.describe(self._plane.traffic)
         self._folder.write_status(progress.__dict__)

@@ -6,6 +6,7 @@ is the one function that nodes and the checkpoint worker both call, so that ever
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from swarm_protocol import aggregate, chunks, outer, parts
+from swarm_protocol import chunks, outer, parts
 from swarm_protocol.chunks import StateManifest
 from swarm_protocol.errors import HashMismatchError, InvalidDataError
 from swarm_protocol.spec import RunSpec
@@ -64,16 +65,14 @@ class Checkpoint:
         return checkpoint
 
 
-def decode_average(spec: RunSpec, part: int, data: bytes) -> F32:
-    """The averaged pseudo-gradient of one part from its encoding.
+def decode_average(spec: RunSpec, part: int, data: bytes | bytearray, out: F32 | None = None) -> F32:
+    """The averaged pseudo-gradient of one part from its encoding, in `out` where that is given.
 
     Raises:
         InvalidDataError: not an encoding of this part, or not finite, or beyond the norm bound: by rule, missing.
     """
-    values = parts.decode_part(spec, part, data)
-    if not aggregate.bounded(values, spec.exchange.max_norm):
-        raise InvalidDataError(f"the average of part {part} exceeds the norm bound {spec.exchange.max_norm}")
-    return values
+    parts.require_sound(spec, part, data)
+    return parts.decode_part(spec, part, data, out)
 
 
 def advance(spec: RunSpec, checkpoint: Checkpoint, averages: Sequence[bytes | None]) -> Checkpoint:
@@ -84,12 +83,19 @@ def advance(spec: RunSpec, checkpoint: Checkpoint, averages: Sequence[bytes | No
     """
     if len(averages) != parts.part_count(spec):
         raise InvalidDataError(f"{len(averages)} averages where this run has {parts.part_count(spec)} parts")
-    decoded: list[F32 | None] = []
-    for part, data in enumerate(averages):
-        try:
-            decoded.append(None if data is None else decode_average(spec, part, data))
-        except InvalidDataError:
-            decoded.append(None)
-    pseudo_gradient = parts.assemble(spec, decoded)
+    pseudo_gradient = np.zeros(spec.model.num_parameters, np.float32)
+    for part, (where, data) in enumerate(zip(parts.slices(spec), averages, strict=True)):
+        if data is not None:
+            with contextlib.suppress(InvalidDataError):  # not sound: by rule, missing
+                decode_average(spec, part, data, pseudo_gradient[where])
+    return step(spec, checkpoint, pseudo_gradient)
+
+
+def step(spec: RunSpec, checkpoint: Checkpoint, pseudo_gradient: F32) -> Checkpoint:
+    """The next checkpoint, from the averaged pseudo-gradient, float32[num_parameters], +0 where parts are missing.
+
+    Raises:
+        InvalidDataError: the result is not finite.
+    """
     parameters, momentum = outer.outer_step(spec.outer, checkpoint.parameters, checkpoint.momentum, pseudo_gradient)
     return Checkpoint(checkpoint.round + 1, parameters, momentum)

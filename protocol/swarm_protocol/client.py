@@ -172,7 +172,7 @@ class CoordinatorClient:
         return Commitments(closing, by_slot)
 
     async def part_records(self, round_number: int, *, after: int = 0, wait_s: float = 0.0) -> list[Envelope] | None:
-        """All part records of a round so far; None if there are not more than `after` within `wait_s`."""
+        """The part records of a round after the first `after`, as they came in; None if none comes within `wait_s`."""
         raw = await self._poll(f"/rounds/{round_number}/part-records", wait_s, MAX_LIST_BYTES, after=after)
         return None if raw is None else decode_list(raw, max_bytes=MAX_LIST_BYTES)
 

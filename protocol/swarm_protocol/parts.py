@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from blake3 import blake3
 
-from swarm_protocol import chunks, codec, merkle
+from swarm_protocol import aggregate, chunks, codec, merkle
 from swarm_protocol.errors import InvalidDataError
 from swarm_protocol.spec import RunSpec
 
@@ -67,14 +67,28 @@ def encode_parts(spec: RunSpec, start: Float32, final: Float32) -> list[bytes]:
         return [encode(start[where] - final[where]) for where in slices(spec)]
 
 
-def decode_part(spec: RunSpec, part: int, data: bytes) -> Float32:
-    """The values of one part.
+def decode_part(spec: RunSpec, part: int, data: bytes | bytearray, out: Float32 | None = None) -> Float32:
+    """The values of one part, in `out` where that is given.
 
     Raises:
         InvalidDataError: the bytes are not a canonical encoding of this part.
     """
     where = slices(spec)[part]
-    return codec.get(spec.exchange.codec).decode(data, where.stop - where.start)
+    return codec.get(spec.exchange.codec).decode(data, where.stop - where.start, out)
+
+
+def require_sound(spec: RunSpec, part: int, data: bytes | bytearray) -> None:
+    """Check that one part, or the average of one, decodes to finite values of a norm within the spec's bound.
+
+    Raises:
+        InvalidDataError: it does not.
+    """
+    where, entry = slices(spec)[part], codec.get(spec.exchange.codec)
+    numel, max_norm = where.stop - where.start, spec.exchange.max_norm
+    if aggregate.clearly_bounded(numel, entry.peak(data, numel), max_norm):
+        return
+    if not aggregate.bounded(entry.decode(data, numel), max_norm):
+        raise InvalidDataError(f"part {part} exceeds the norm bound {max_norm}")
 
 
 def assemble(spec: RunSpec, parts: Sequence[Float32 | None]) -> Float32:
@@ -120,3 +134,22 @@ def rendezvous(key: bytes, part: int, peers: Sequence[bytes]) -> list[int]:
     prefix = key + struct.pack("<I", part)
     scores = [blake3(prefix + peer).digest() for peer in peers]
     return sorted(range(len(peers)), key=lambda position: scores[position], reverse=True)
+
+
+def reducer_orders(key: bytes, part_count: int, peers: Sequence[bytes]) -> list[list[int]]:
+    """Per part, positions in `peers` in the order in which they are to reduce it.
+
+    Rendezvous order, but for one thing: nobody is the first of more than ceil(part_count / peers) parts. Part by part, the
+    first is the highest in rendezvous order who has not reached that number yet; the others follow in rendezvous order.
+    """
+    if not peers:
+        return [[] for _ in range(part_count)]
+    share = -(-part_count // len(peers))
+    parts_of = [0] * len(peers)
+    orders = []
+    for part in range(part_count):
+        order = rendezvous(key, part, peers)
+        first = next(position for position in order if parts_of[position] < share)
+        parts_of[first] += 1
+        orders.append([first, *(position for position in order if position != first)])
+    return orders

@@ -1,8 +1,9 @@
 """The peer plane: hivemind's Go daemon and Kademlia DHT, and calls from one peer to another over its streams.
 
-A call is one stream: a small canonical header and a body of declared size in each direction. The caller's key is the one
-that libp2p authenticated. Every wait has a deadline; a header or a body above its bound is refused before it is read.
-Whoever answers a call decides what is allowed; nothing here knows about rounds.
+A call is a small canonical header and a body of declared size in each direction: one stream through the daemon, or, where
+the two can reach each other, a direct TLS connection (`direct`), which costs a fraction. The caller's key is the one
+that libp2p, or the direct connection's handshake, authenticated. Every wait has a deadline; a header or a body above its
+bound is refused before it is read. Whoever answers a call decides what is allowed; nothing here knows about rounds.
 
 Addresses are found in the DHT by PeerID: every peer stores its own signed `Addresses` record there.
 """
@@ -14,15 +15,27 @@ import contextlib
 import logging
 import multiprocessing
 import os
-import struct
 import time
 import warnings
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from swarm_protocol import encoding, processes
+from swarm_protocol import processes
+from swarm_protocol.calls import (
+    LENGTHS,
+    MAX_HEADER_BYTES,
+    Answer,
+    Bytes,
+    Call,
+    Handler,
+    Header,
+    Traffic,
+    pack,
+    unpack_header,
+    unpack_lengths,
+)
+from swarm_protocol.direct import Address, DirectPlane, NoDirectPathError, parse_addresses
 from swarm_protocol.errors import (
     ConfigurationError,
     EncodingError,
@@ -37,58 +50,22 @@ from swarm_protocol.records import Addresses, Envelope
 log = logging.getLogger(__name__)
 
 PROTOCOL = "/swarm-node/call/1"
-MAX_HEADER_BYTES = 1 << 16
 WRITE_BYTES = 1 << 18
 ADDRESS_TTL_S = 600.0
 LINGER_S = 2.0
+DIRECT_S = 3.0
 
-Header = Mapping[str, encoding.Value]
+T = TypeVar("T")
 
-
-@dataclass
-class Traffic:
-    """Bytes of calls in both directions, headers included, without what the transport adds."""
-
-    sent: int = 0
-    received: int = 0
-
-
-@dataclass
-class Call:
-    """A call as its handler sees it: who calls, what for, and how large the body is that has not been read yet."""
-
-    caller: bytes
-    header: dict[str, Any]
-    size_bytes: int
-    _reader: asyncio.StreamReader
-    _traffic: Traffic
-
-    async def body(self, max_bytes: int) -> bytes:
-        """Read the body.
-
-        Raises:
-            RefusedError: it was declared larger than `max_bytes`.
-        """
-        if self.size_bytes > max_bytes:
-            raise RefusedError(f"a body of {self.size_bytes} bytes where at most {max_bytes} are allowed")
-        content = await self._reader.readexactly(self.size_bytes)
-        self._traffic.received += self.size_bytes
-        return content
-
-
-@dataclass(frozen=True)
-class Answer:
-    header: Header = field(default_factory=dict)
-    body: bytes | memoryview = b""
-
-
-Handler = Callable[[Call], Awaitable[Answer]]
+__all__ = ["MAX_HEADER_BYTES", "Answer", "Call", "Handler", "Header", "PeerPlane", "Traffic"]
 
 
 class PeerPlane:
     """One daemon, one DHT node, and the calls that go through them. Use `start`, and `close` at the end."""
 
-    def __init__(self, identity: Identity, run: bytes, p2p: Any, dht: Any) -> None:
+    def __init__(
+        self, identity: Identity, run: bytes, p2p: Any, dht: Any, *, direct: bool, direct_host: str | None
+    ) -> None:
         self.identity = identity
         self.traffic = Traffic()
         self._run = run
@@ -96,6 +73,9 @@ class PeerPlane:
         self._dht = dht
         self._handlers: dict[str, Handler] = {}
         self._connected: dict[bytes, float] = {}
+        self._direct_host = direct_host
+        self._direct_wanted = direct
+        self._direct = DirectPlane(identity, run, self.traffic, dispatch=self._dispatch, ask=self._ask_direct)
 
     @classmethod
     async def start(
@@ -106,9 +86,12 @@ class PeerPlane:
         initial_peers: Sequence[str] = (),
         listen: Sequence[str] = ("/ip4/127.0.0.1/tcp/0",),
         client_only: bool = False,
+        direct: bool = True,
         timeout_s: float = 30.0,
     ) -> PeerPlane:
         """Start the daemon and join the DHT. Call it before any thread is started: hivemind forks.
+
+        With `direct`, calls go over direct connections where they can, and unless `client_only` we take some ourselves.
 
         Raises:
             ConfigurationError: the daemon does not start; says what to check.
@@ -131,8 +114,6 @@ class PeerPlane:
                 timeout_s + 5,
             )
         except (OSError, TimeoutError, hivemind.p2p.P2PDaemonError) as error:
-            if initial_peers and "bootstrap peers" in str(error):
-                raise UnreachableError(f"no peer of the run answers on {', '.join(initial_peers)}") from error
             if "bootstrap peers" in str(error):
                 raise UnreachableError(f"no peer of the run answers on {', '.join(initial_peers)}") from error
             raise ConfigurationError(
@@ -153,10 +134,12 @@ class PeerPlane:
         except Exception as error:
             await p2p.shutdown()
             raise UnreachableError(f"no peer of the run answers on {', '.join(initial_peers)}: {error}") from error
-        return cls(identity, run, p2p, dht)
+        host = _ip_of(listen[0]) if direct and not client_only and listen else None
+        return cls(identity, run, p2p, dht, direct=direct, direct_host=host)
 
     async def close(self) -> None:
         """Stop the DHT and the daemon; nothing of them is left when this returns."""
+        await self._direct.close()
         daemon = self._p2p._child
         with contextlib.suppress(Exception):
             await asyncio.wait_for(asyncio.to_thread(self._dht.shutdown), 10)
@@ -177,15 +160,27 @@ class PeerPlane:
 
     async def serve(self, handlers: Mapping[str, Handler]) -> None:
         """Answer calls whose header names an operation in `handlers`."""
-        self._handlers.update(handlers)
+        self._handlers.update({**handlers, "direct": self._tell_direct})
+        if self._direct_host is not None and self._direct.port is None:
+            try:
+                self._direct.listen(self._direct_host)
+            except OSError as error:
+                log.warning("no direct connections to this node: %s", error)
         await self._p2p.add_binary_stream_handler(PROTOCOL, self._answer)
 
     async def _answer(self, info: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        peer = bytes(info.peer_id.to_bytes())[-32:]
         try:
             async with asyncio.timeout(120):
-                header, size = await self._receive_header(reader)
-                answer = await self._dispatch(bytes(info.peer_id.to_bytes())[-32:], header, size, reader)
-                await self._send(writer, answer.header, answer.body)
+                header, size = await self._receive_header(peer, reader)
+
+                async def receive(use: Callable[[Bytes], T]) -> T:
+                    content = await reader.readexactly(size)
+                    self.traffic.note(peer, "daemon", received=size)
+                    return use(content) if size < WRITE_BYTES else await asyncio.to_thread(use, content)
+
+                answer = await self._dispatch(Call(peer, header, size, receive))
+                await self._send(peer, writer, answer.header, answer.body)
                 if size and "refused" in answer.header:
                     await _hear_out(reader)
         except (OSError, EOFError, TimeoutError, EncodingError) as error:
@@ -193,19 +188,29 @@ class PeerPlane:
         finally:
             writer.close()
 
-    async def _dispatch(self, caller: bytes, header: dict[str, Any], size: int, reader: asyncio.StreamReader) -> Answer:
-        handler = self._handlers.get(str(header.get("op")))
+    async def _dispatch(self, call: Call) -> Answer:
+        handler = self._handlers.get(str(call.header.get("op")))
         if handler is None:
             return Answer({"refused": "no such operation"})
         try:
-            return await handler(Call(caller, header, size, reader, self.traffic))
+            return await handler(call)
         except (SwarmError, KeyError, TypeError, ValueError) as error:
             return Answer({"refused": str(error)[:500] or type(error).__name__})
         except (OSError, EOFError, TimeoutError):
             raise
         except Exception:  # a fault of ours must not take the peer plane down with it
-            log.exception("answering %s failed", header.get("op"))
+            log.exception("answering %s failed", call.header.get("op"))
             return Answer({"refused": "internal error"})
+
+    async def _tell_direct(self, call: Call) -> Answer:
+        """Where we take direct connections: nowhere, or our port at the addresses that the daemon is seen at."""
+        port = self._direct.port
+        if port is None or self._direct_host is None:
+            return Answer({"addresses": []})
+        hosts = [self._direct_host]
+        if hosts[0] in ("0.0.0.0", "::"):  # noqa: S104  # a comparison
+            hosts = [host for host in map(_ip_of, await self.addresses()) if host is not None]
+        return Answer({"addresses": [[host, port] for host in dict.fromkeys(hosts)][:4]})
 
     # Calling
 
@@ -221,6 +226,11 @@ class PeerPlane:
         """
         try:
             async with asyncio.timeout(timeout_s):
+                if self._direct_wanted:
+                    with contextlib.suppress(NoDirectPathError):
+                        return await self._direct.call(
+                            peer, header, body, max_answer_bytes=max_answer_bytes, timeout_s=timeout_s
+                        )
                 return await self._call(peer, header, body, max_answer_bytes)
         except (OSError, EOFError, TimeoutError) as error:
             self._connected.pop(peer, None)
@@ -229,22 +239,32 @@ class PeerPlane:
     async def _call(
         self, peer: bytes, header: Header, body: bytes | memoryview, max_answer_bytes: int
     ) -> tuple[dict[str, Any], bytes]:
+        """One call through the daemon."""
         reader, writer = await self._open(peer)
-        sending = asyncio.create_task(self._send(writer, header, body))
+        sending = asyncio.create_task(self._send(peer, writer, header, body))
         try:
-            answer, size = await self._receive_header(reader)
+            answer, size = await self._receive_header(peer, reader)
             if "refused" in answer:  # perhaps long before all of the body was sent
                 raise RefusedError(str(answer["refused"])[:500])
             await sending
             if size > max_answer_bytes:
                 raise InvalidDataError(f"an answer of {size} bytes where at most {max_answer_bytes} are allowed")
             content = await reader.readexactly(size)
-            self.traffic.received += size
+            self.traffic.note(peer, "daemon", received=size)
             return answer, content
         finally:
             sending.cancel()
             await asyncio.gather(sending, return_exceptions=True)
             writer.close()
+
+    async def _ask_direct(self, peer: bytes) -> list[Address]:
+        """Ask a peer, through the daemon, where it takes direct connections."""
+        try:
+            async with asyncio.timeout(DIRECT_S):
+                answer, _ = await self._call(peer, {"op": "direct"}, b"", 0)
+        except (OSError, EOFError, TimeoutError) as error:
+            raise UnreachableError(str(error) or "timed out") from error
+        return parse_addresses(answer.get("addresses"))
 
     async def _open(self, peer: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         hivemind, _, _ = _hivemind()
@@ -316,27 +336,32 @@ class PeerPlane:
     def _dht_key(self, peer: bytes) -> str:
         return f"swarm-node/{self._run.hex()[:16]}/addresses/{peer_id(peer)}"
 
-    # Framing: u32 header length, u64 body length, header, body
+    # Messages on the daemon's streams
 
-    async def _send(self, writer: asyncio.StreamWriter, header: Header, body: bytes | memoryview) -> None:
-        head = encoding.encode(header)
-        writer.write(struct.pack("<IQ", len(head), len(body)) + head)
+    async def _send(self, peer: bytes, writer: asyncio.StreamWriter, header: Header, body: Bytes | memoryview) -> None:
+        head = pack(header, len(body))
+        writer.write(head)
         view = memoryview(body)
         for start in range(0, len(view), WRITE_BYTES):
             writer.write(view[start : start + WRITE_BYTES])
             await writer.drain()
         await writer.drain()
-        self.traffic.sent += 12 + len(head) + len(view)
+        self.traffic.note(peer, "daemon", sent=len(head) + len(view))
 
-    async def _receive_header(self, reader: asyncio.StreamReader) -> tuple[dict[str, Any], int]:
-        length, size = struct.unpack("<IQ", await reader.readexactly(12))
-        if length > MAX_HEADER_BYTES:
-            raise EncodingError("a header beyond its bound")
-        header = encoding.decode(await reader.readexactly(length), max_bytes=MAX_HEADER_BYTES)
-        if not isinstance(header, dict):
-            raise EncodingError("a header is a map")
-        self.traffic.received += 12 + length
+    async def _receive_header(self, peer: bytes, reader: asyncio.StreamReader) -> tuple[dict[str, Any], int]:
+        length, size = unpack_lengths(await reader.readexactly(LENGTHS.size))
+        header = unpack_header(await reader.readexactly(length))
+        self.traffic.note(peer, "daemon", received=LENGTHS.size + length)
         return header, size
+
+
+def _ip_of(multiaddr: str) -> str | None:
+    """The IP address in a multiaddress, if there is one."""
+    match multiaddr.split("/"):
+        case ["", "ip4" | "ip6", host, *_]:
+            return host
+        case _:
+            return None
 
 
 async def _hear_out(reader: asyncio.StreamReader) -> None:

@@ -190,6 +190,24 @@ class PartRecord(Record):
     slots: Annotated[tuple[Slot, ...], Strict(False), Field(min_length=1, max_length=MAX_SLOTS)]
 
 
+class PartReceipt(Record):
+    """A reducer has a slot's part, and found it sound: its average of that part has the slot in it, or there is none.
+
+    `part_hash` is the hash of the encoded part. The sequence is part · 10,000 + slot.
+    """
+
+    kind: ClassVar[str] = "part-receipt"
+    commitment: Bytes32
+    part: Annotated[int, Field(ge=0, lt=MAX_PARTS)]
+    slot: Slot
+    part_hash: Bytes32
+
+    def broken_by(self, record: PartRecord) -> bool:
+        """Whether this part record, by the same reducer, leaves the slot out: misconduct, and these two prove it."""
+        same = (self.run, self.round, self.part) == (record.run, record.round, record.part)
+        return same and self.slot not in record.slots
+
+
 class PartHeld(Record):
     """The checkpoint worker holds the bytes of a part record's result and found them sound. The sequence is its own count."""
 
@@ -265,8 +283,8 @@ class Evaluation(Record):
 KINDS: dict[str, type[Record]] = {
     record.kind: record
     for record in (
-        Registration, Appointment, Addresses, Ready, RoundPlan, Commitment, CommitmentSet, PartRecord, PartHeld,
-        CheckpointReport, RoundManifest, NonceOpening, BeaconReveal, Verdict, Evaluation,
+        Registration, Appointment, Addresses, Ready, RoundPlan, Commitment, CommitmentSet, PartRecord, PartReceipt,
+        PartHeld, CheckpointReport, RoundManifest, NonceOpening, BeaconReveal, Verdict, Evaluation,
     )
 }  # fmt: skip
 

@@ -128,7 +128,7 @@ def test_a_round_goes_through_from_registration_to_verdicts(make_cast: MakeCast)
         assert (await api.get("/rounds/0/part-records")).status_code == 204
         records = [cast.part_record(plan, closing, part, slot=part) for part in range(2)]
         await api.accept(*records)
-        assert await api.several("/rounds/0/part-records?after=1&wait_s=1") == records
+        assert await api.several("/rounds/0/part-records?after=1&wait_s=1") == records[1:]
         assert (await api.get("/rounds/0/sealing")).status_code == 204
         await api.accept(*(cast.part_held(record) for record in records))
         chosen = encoding.decode((await api.get("/rounds/0/sealing")).content)

@@ -64,6 +64,7 @@ ONE_OF_EACH: dict[str, Record] = {
         records.PartRecord(
             **NAME, part=5, commitment_set=digest("set"), result=digest("average"), size_bytes=1000, slots=(0, 1)
         ),
+        records.PartReceipt(**NAME, commitment=digest("commitment"), part=5, slot=1, part_hash=digest("encoded part")),
         records.PartHeld(**NAME, part_record=digest("part record")),
         records.CheckpointReport(**NAME, base=digest("base"), parts=(digest("part"), None), root=digest("root")),
         records.RoundManifest(
@@ -100,6 +101,17 @@ EACH = pytest.mark.parametrize("record", ONE_OF_EACH.values(), ids=ONE_OF_EACH.k
 
 def test_every_kind_is_tested_here() -> None:
     assert ONE_OF_EACH.keys() == records.KINDS.keys()
+
+
+def test_a_receipt_is_broken_by_a_record_that_leaves_its_slot_out() -> None:
+    receipt, record = ONE_OF_EACH["part-receipt"], ONE_OF_EACH["part-record"]
+    assert isinstance(receipt, records.PartReceipt)
+    assert isinstance(record, records.PartRecord)
+    assert not receipt.broken_by(record)
+    without = record.model_copy(update={"slots": (0, 2)})
+    assert receipt.broken_by(without)
+    for elsewhere in ({"part": 6}, {"round": record.round + 1}, {"run": digest("another run")}):
+        assert not receipt.broken_by(without.model_copy(update=elsewhere))
 
 
 def test_records_are_pinned(golden: Callable[[str, dict[str, object]], None]) -> None:

@@ -66,7 +66,8 @@ async def commitments(run: TheRun, number: RoundNumber, wait_s: Wait = 0.0) -> R
     "/rounds/{number}/part-records",
     tags=["rounds"],
     summary="The averages that reducers have published in a round",
-    description="All so far. Waits until there are more than `after`, or the exchange is closed; 204 if there are not.",
+    description="As they came in, without the first `after`. Waits until there is one, or the exchange is closed; 204 if "
+    "there is none.",
     response_class=Response,
     responses=binary(CBOR, "a list of encoded Envelopes", may_be_empty=True),
 )
@@ -78,7 +79,7 @@ async def part_records(
     def query(archive: Archive) -> list[Envelope] | None:
         rows = archive.of_round(PartRecord.kind, number)
         if len(rows) > after:
-            return [Envelope.decode(row.envelope) for row in rows]
+            return [Envelope.decode(row.envelope) for row in rows[after:]]
         row = archive.round(number)
         return [] if row is not None and row.parts is not None else None
 

@@ -22,6 +22,7 @@ A round aggregates in three moves:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, Protocol
 
@@ -30,7 +31,6 @@ import numpy.typing as npt
 
 from swarm_protocol import sketch, sums
 from swarm_protocol.aggregate import columns, selection
-from swarm_protocol.aggregate.intake import finite
 from swarm_protocol.aggregate.weighted import Mean
 from swarm_protocol.errors import InvalidDataError
 from swarm_protocol.sums import of_squares as sum_of_squares
@@ -156,4 +156,12 @@ def mean(parts: Iterable[tuple[int, int, Float32]]) -> Float32:
 
 def bounded(values: Float32, max_norm: float) -> bool:
     """Whether all values are finite and their L2 norm is at most `max_norm`: everybody decides alike."""
-    return finite(values) and sums.of_squares(values) <= max_norm * max_norm
+    peak = max(float(values.max(initial=0.0)), -float(values.min(initial=0.0)))
+    if not math.isfinite(peak):
+        return False
+    return clearly_bounded(values.size, peak, max_norm) or sums.of_squares(values) <= max_norm * max_norm
+
+
+def clearly_bounded(numel: int, peak: float, max_norm: float) -> bool:
+    """Whether `numel` values of at most this magnitude are `bounded` for certain: the rounding of sums is far below 1 %."""
+    return numel * peak * peak <= 0.99 * max_norm * max_norm

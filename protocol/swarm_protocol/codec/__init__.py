@@ -8,15 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from swarm_protocol.codec import blockwise, raw
+from swarm_protocol.codec import raw
+from swarm_protocol.codec.blockwise import INT4, INT8
 
 Float32 = npt.NDArray[np.float32]
 Name = Literal["none", "int8", "int4"]
+
+
+Bytes = bytes | bytearray | memoryview
+
+
+class Decode(Protocol):
+    def __call__(self, data: Bytes, numel: int, out: Float32 | None = None) -> Float32: ...
 
 
 @dataclass(frozen=True)
@@ -25,20 +33,23 @@ class Codec:
 
     `encoded_bytes(numel)` is the exact length of the encoding of that many elements.
     `encode(values)` takes float32[numel]. It raises `InvalidDataError` where a value is not finite.
-    `decode(data, numel)` returns float32[numel], all finite. It raises `InvalidDataError` where the length is wrong, which
-    it looks at before it allocates, and where the bytes are not canonical.
+    `decode(data, numel, out)` returns float32[numel], all finite, in `out` where that is given. It raises `InvalidDataError`
+    where the length is wrong, which it looks at before it allocates, and where the bytes are not canonical.
+    `peak(data, numel)` is an upper bound of the magnitudes that `decode` would give, for a fraction of its cost. It raises
+    exactly where `decode` does.
     """
 
     name: Name
     encoded_bytes: Callable[[int], int]
     encode: Callable[[Float32], bytes]
-    decode: Callable[[bytes | bytearray | memoryview, int], Float32]
+    decode: Decode
+    peak: Callable[[Bytes, int], float]
 
 
 _CODECS: dict[Name, Codec] = {
-    "none": Codec("none", raw.encoded_bytes, raw.encode, raw.decode),
-    "int8": Codec("int8", blockwise.INT8.encoded_bytes, blockwise.INT8.encode, blockwise.INT8.decode),
-    "int4": Codec("int4", blockwise.INT4.encoded_bytes, blockwise.INT4.encode, blockwise.INT4.decode),
+    "none": Codec("none", raw.encoded_bytes, raw.encode, raw.decode, raw.peak),
+    "int8": Codec("int8", INT8.encoded_bytes, INT8.encode, INT8.decode, INT8.peak),
+    "int4": Codec("int4", INT4.encoded_bytes, INT4.encode, INT4.decode, INT4.peak),
 }
 
 

@@ -67,19 +67,10 @@ class Blockwise:
             codes[whole * self.bits // 8 :] = tail[: codes.size - whole * self.bits // 8]
         return out.tobytes()
 
-    def decode(self, data: bytes | bytearray | memoryview, numel: int) -> Float32:
+    def decode(self, data: bytes | bytearray | memoryview, numel: int, out: Float32 | None = None) -> Float32:
         """Raises `InvalidDataError` where the length is wrong or the bytes are not canonical."""
-        if len(data) != self.encoded_bytes(numel):
-            raise InvalidDataError(f"{len(data)} bytes where {numel} values take {self.encoded_bytes(numel)}")
-        raw = np.frombuffer(data, np.uint8)
-        scales = raw[: 4 * _blocks(numel, self.block)].view("<f4").astype(np.float32)
-        codes = raw[scales.nbytes :]
-        # Not `scales < 0`: that lets -0 pass, a second spelling of zero.
-        if not np.isfinite(scales).all() or np.signbit(scales).any():
-            raise InvalidDataError("a scale is negative or not finite")
-        if self.bits == 4 and numel % 2 and codes[-1] & 0xF0:
-            raise InvalidDataError("the unused half of the last byte is not zero")
-        values = np.empty(numel, np.float32)
+        scales, codes = self._split(data, numel)
+        values = np.empty(numel, np.float32) if out is None else out
         whole = numel - numel % self.block
         for start in range(0, whole, _SLAB_ELEMENTS):
             stop = min(start + _SLAB_ELEMENTS, whole)
@@ -96,6 +87,33 @@ class Blockwise:
             values[whole:] = padded[: numel - whole]
         return values
 
+    def peak(self, data: bytes | bytearray | memoryview, numel: int) -> float:
+        """The largest scale times the largest code. Raises as `decode` does."""
+        scales, codes = self._split(data, numel)
+        self._require_codes(codes)
+        return float(scales.max(initial=0.0)) * self.largest_code
+
+    def _split(self, data: bytes | bytearray | memoryview, numel: int) -> tuple[Float32, Bytes]:
+        """Scales and codes, after a look at the length, the scales and the padding."""
+        if len(data) != self.encoded_bytes(numel):
+            raise InvalidDataError(f"{len(data)} bytes where {numel} values take {self.encoded_bytes(numel)}")
+        raw = np.frombuffer(data, np.uint8)
+        scales = raw[: 4 * _blocks(numel, self.block)].view("<f4").astype(np.float32)
+        codes = raw[scales.nbytes :]
+        # Not `scales < 0`: that lets -0 pass, a second spelling of zero.
+        if not np.isfinite(scales).all() or np.signbit(scales).any():
+            raise InvalidDataError("a scale is negative or not finite")
+        if self.bits == 4 and numel % 2 and codes[-1] & 0xF0:
+            raise InvalidDataError("the unused half of the last byte is not zero")
+        return scales, codes
+
+    def _require_codes(self, codes: Bytes) -> None:
+        if self.bits == 8:
+            if codes.view(np.int8).min(initial=0) == -128:
+                raise InvalidDataError("code -128 is not used")
+        elif ((codes & 0x0F) == 0x08).any() or ((codes & 0xF0) == 0x80).any():
+            raise InvalidDataError("code -8 is not used")
+
     def _encode_slab(self, values: Float32, scales: Float32, codes: Bytes) -> None:
         x = values.reshape(-1, self.block)
         # The outer abs makes the peak of a block of zeros +0, whatever their signs.
@@ -111,13 +129,10 @@ class Blockwise:
         _pack(q.astype(np.int8).reshape(-1), self.bits, codes)
 
     def _decode_slab(self, scales: Float32, codes: Bytes, values: Float32) -> None:
+        self._require_codes(codes)
         if self.bits == 8:
-            if (codes == 0x80).any():
-                raise InvalidDataError("code -128 is not used")
             q = codes.view(np.int8).astype(np.float32)
         else:
-            if ((codes & 0x0F) == 0x08).any() or ((codes & 0xF0) == 0x80).any():
-                raise InvalidDataError("code -8 is not used")
             q = _NIBBLE_PAIRS.view(np.uint64).reshape(-1).take(codes).view(np.float32)
         out = values.reshape(-1, self.block)
         with np.errstate(over="ignore"):

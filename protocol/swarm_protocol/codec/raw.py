@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 
@@ -21,11 +23,27 @@ def encode(values: Float32) -> bytes:
     return values.astype("<f4", copy=False).tobytes()
 
 
-def decode(data: bytes | bytearray | memoryview, numel: int) -> Float32:
+def decode(data: bytes | bytearray | memoryview, numel: int, out: Float32 | None = None) -> Float32:
     """Raises `InvalidDataError` where the length is wrong or a value is not finite."""
-    if len(data) != encoded_bytes(numel):
-        raise InvalidDataError(f"{len(data)} bytes where {numel} values take {encoded_bytes(numel)}")
-    values = np.frombuffer(data, "<f4").astype(np.float32)
+    values = _view(data, numel)
     if not np.isfinite(values).all():
         raise InvalidDataError("a value is not finite")
-    return values
+    if out is None:
+        return values.astype(np.float32)
+    out[:] = values
+    return out
+
+
+def peak(data: bytes | bytearray | memoryview, numel: int) -> float:
+    """The largest magnitude. Raises as `decode` does."""
+    values = _view(data, numel)
+    largest = max(float(values.max(initial=0.0)), -float(values.min(initial=0.0)))
+    if not math.isfinite(largest):
+        raise InvalidDataError("a value is not finite")
+    return largest
+
+
+def _view(data: bytes | bytearray | memoryview, numel: int) -> Float32:
+    if len(data) != encoded_bytes(numel):
+        raise InvalidDataError(f"{len(data)} bytes where {numel} values take {encoded_bytes(numel)}")
+    return np.frombuffer(data, "<f4")

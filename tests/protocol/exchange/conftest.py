@@ -6,7 +6,7 @@ import asyncio
 import gc
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import numpy as np
 import pytest
@@ -16,11 +16,21 @@ from swarm_node.evidence import Evidence
 from swarm_node.exchange import Exchange, ExchangeDesk
 from swarm_node.folder import RunFolder
 from swarm_protocol import aggregate, chunks, codec, parts
-from swarm_protocol.client import Commitments, SealedRound
+from swarm_protocol.client import Commitments, CoordinatorClient, SealedRound
+from swarm_protocol.errors import HashMismatchError
 from swarm_protocol.files import write_atomic
 from swarm_protocol.identity import Identity
 from swarm_protocol.peers import Answer, Call, Handler, PeerPlane
-from swarm_protocol.records import CommitmentSet, Envelope, PartRecord, RoundManifest, RoundPlan, Seat, SlotHash
+from swarm_protocol.records import (
+    CommitmentSet,
+    Envelope,
+    PartReceipt,
+    PartRecord,
+    RoundManifest,
+    RoundPlan,
+    Seat,
+    SlotHash,
+)
 from swarm_protocol.signing import SigningLedger
 from swarm_protocol.spec import (
     AuditSpec,
@@ -129,6 +139,7 @@ class Node:
         self.ledger = SigningLedger(self._ledger_path, self.plane.identity)
         self.evidence = Evidence()
         self.evidence.restore(self.round.spec, self._folder)
+        self.evidence.add(ROUND, self.mine)
         self.desk = ExchangeDesk()
         self.round.swarm.served[self.plane.identity.public_key] = {**self.evidence.handlers, **self.desk.handlers}
 
@@ -138,15 +149,49 @@ class Node:
             self.round.plan,
             self.round.commitments,
             plane=self.plane,
+            client=cast(CoordinatorClient, self.round.coordinator),
             ledger=self.ledger,
             folder=self._folder,
             evidence=self.evidence,
-            post=self._post,
         )
 
-    async def _post(self, envelope: Envelope) -> None:
-        self.round.posted.append(envelope)
-        self.round.news.set()
+    def receipts(self) -> list[PartReceipt]:
+        """What reducers signed for our parts, as it lies on disk."""
+        path, found = self._folder.work(ROUND) / "receipts", []
+        raw = path.read_bytes() if path.exists() else b""
+        while raw:
+            size = int.from_bytes(raw[1:3], "big") if raw[0] == 0x59 else raw[1]
+            start = 3 if raw[0] == 0x59 else 2
+            found.append(Envelope.decode(raw[start : start + size]).open_as(PartReceipt, run=self.round.spec.run_id))
+            raw = raw[start + size :]
+        return found
+
+
+class Coordinator:
+    """What nodes ask of the coordinator during an exchange: part records, and chunks as a last source."""
+
+    def __init__(self) -> None:
+        self.posted: list[Envelope] = []
+        self.blobs: dict[bytes, bytes] = {}
+        self.asked = 0
+        self.news = asyncio.Condition()
+
+    async def post(self, envelope: Envelope) -> None:
+        async with self.news:
+            self.posted.append(envelope)
+            self.news.notify_all()
+
+    async def part_records(self, round_number: int, *, after: int, wait_s: float) -> list[Envelope]:
+        async with self.news:
+            await self.news.wait_for(lambda: len(self.posted) > after)
+            return self.posted[after:]
+
+    async def chunk(self, digest: bytes, *, max_bytes: int) -> bytes:
+        self.asked += 1
+        if digest not in self.blobs:
+            raise HashMismatchError("the coordinator has other bytes")
+        assert len(self.blobs[digest]) <= max_bytes
+        return self.blobs[digest]
 
 
 def _beacon(keys: list[bytes]) -> bytes:
@@ -167,8 +212,7 @@ class Round:
 
     def __init__(self, swarm: Swarm, folder: Path, spec: RunSpec, *, ghost: bool = False) -> None:
         self.swarm, self.spec = swarm, spec
-        self.posted: list[Envelope] = []
-        self.news = asyncio.Event()
+        self.coordinator = Coordinator()
         keys = [plane.identity.public_key for plane in swarm.planes]
         if ghost:
             keys.append(Identity.from_seed(bytes([99]) * 32).public_key)
@@ -199,12 +243,14 @@ class Round:
         decoded = ((slot, WEIGHTS[slot], parts.decode_part(self.spec, part, data)) for slot, data in encoded)
         return codec.get(self.spec.exchange.codec).encode(aggregate.mean(decoded))
 
+    @property
+    def posted(self) -> list[Envelope]:
+        return self.coordinator.posted
+
     async def published(self, count: int) -> dict[int, tuple[bytes, PartRecord]]:
         """Once `count` records were posted: by part, who signed and what."""
-        async with asyncio.timeout(20):
-            while len(self.posted) < count:
-                self.news.clear()
-                await self.news.wait()
+        async with asyncio.timeout(20), self.coordinator.news:
+            await self.coordinator.news.wait_for(lambda: len(self.posted) >= count)
         records = [(envelope.key, envelope.open_as(PartRecord, run=self.spec.run_id)) for envelope in self.posted]
         return {record.part: (key, record) for key, record in records}
 

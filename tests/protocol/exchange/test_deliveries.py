@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from swarm_node import exchange as exchanges
+from swarm_node import reducing
 from swarm_protocol import encoding
 from swarm_protocol.errors import RefusedError
 from swarm_protocol.records import PartRecord
@@ -52,7 +53,7 @@ class Delivery:
                     reducer.plane.identity.public_key, self.header, self.body, max_answer_bytes=0, timeout_s=10
                 )
             finally:
-                self.taken = list(exchange._reducing)
+                self.taken = list(exchange.reducer.tasks)
                 await exchange.stop()
                 await reducer.desk.open(None)
 
@@ -111,10 +112,10 @@ def test_a_part_is_taken_only_from_the_holder_of_its_slot(begin: Begin) -> None:
 
 
 def test_a_part_is_taken_only_by_its_reducers(begin: Begin, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exchanges, "REDUCERS_TRIED", 1)
+    monkeypatch.setattr(reducing, "PARTIAL_SHARES", (0.5,))
     round = begin()
     here = round.nodes[0].plane.identity.public_key
-    elsewhere = [part for part in range(PARTS) if round.nodes[0].exchange().order(part)[0] != here]
+    elsewhere = [part for part in range(PARTS) if round.nodes[0].exchange().orders[part][0] != here]
     assert elsewhere
     delivery = Delivery(round)
     delivery.header.update(part=elsewhere[0], proof=list(round.nodes[1].mine.proof(elsewhere[0])))
@@ -124,7 +125,7 @@ def test_a_part_is_taken_only_by_its_reducers(begin: Begin, monkeypatch: pytest.
 
 
 def test_an_early_delivery_waits_for_its_round_a_little(begin: Begin, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exchanges, "DELIVERY_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(exchanges, "EARLY_S", 0.2)
     delivery = Delivery(begin())
     delivery.header.update(round=ROUND + 1)
     with pytest.raises(RefusedError, match="not open here"):
@@ -132,7 +133,7 @@ def test_an_early_delivery_waits_for_its_round_a_little(begin: Begin, monkeypatc
 
     round = begin()
     reducer, sender = round.nodes[0], round.nodes[1]
-    monkeypatch.setattr(exchanges, "DELIVERY_TIMEOUT_S", 10.0)
+    monkeypatch.setattr(exchanges, "EARLY_S", 10.0)
     on_time = Delivery(round)
 
     async def early() -> None:

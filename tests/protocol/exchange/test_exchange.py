@@ -5,15 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
 
-from swarm_node.exchange import fetch_averages
 from swarm_protocol import chunks, codec, parts
-from swarm_protocol.client import CoordinatorClient, SealedRound
-from swarm_protocol.errors import HashMismatchError, RefusedError, UnreachableError
+from swarm_protocol.client import SealedRound
+from swarm_protocol.errors import RefusedError, UnreachableError
 from swarm_protocol.identity import Identity
 from swarm_protocol.peers import Answer, Call
 from swarm_protocol.records import PartRecord
@@ -32,27 +31,16 @@ PARTS = 3
 ROUND = 2
 
 
-class Source:
-    """The coordinator as a last source of chunks."""
-
-    def __init__(self, *blobs: bytes) -> None:
-        self._blobs = {chunks.content_hash(blob): blob for blob in blobs}
-        self.asked = 0
-
-    async def chunk(self, digest: bytes, *, max_bytes: int) -> bytes:
-        self.asked += 1
-        if digest not in self._blobs:
-            raise HashMismatchError("the coordinator has other bytes")
-        assert len(self._blobs[digest]) <= max_bytes
-        return self._blobs[digest]
+def finish(round: Any, sealed: SealedRound, slot: int = 0) -> bytes:
+    """The averaged pseudo-gradient that a node comes to which holds nothing but what is on its disk."""
+    return round.swarm.run(round.nodes[slot].exchange().averages.finish(sealed)).tobytes()
 
 
-def fetch(round: Any, sealed: SealedRound, source: Source, slot: int = 0) -> list[bytes | None]:
-    node = round.nodes[slot]
-    averages = fetch_averages(
-        round.spec, sealed, plane=node.plane, client=cast(CoordinatorClient, source), evidence=node.evidence
-    )
-    return list(round.swarm.run(averages))
+def assembled(round: Any, averages: list[bytes | None]) -> bytes:
+    decoded = [
+        None if data is None else parts.decode_part(round.spec, part, data) for part, data in enumerate(averages)
+    ]
+    return parts.assemble(round.spec, decoded).tobytes()
 
 
 # The exchange as it should be
@@ -70,7 +58,7 @@ def test_everybody_ends_with_the_bytes_that_one_would_compute_alone(begin: Begin
         assert record.result == chunks.content_hash(averages[part])
         assert record.size_bytes == len(averages[part])
     for slot in everyone:
-        assert fetch(round, round.sealed(published), Source(), slot) == averages
+        assert finish(round, round.sealed(published), slot) == assembled(round, averages)
     assert len(round.posted) == PARTS
 
 
@@ -78,7 +66,7 @@ def test_a_part_is_reduced_by_the_first_in_its_rendezvous_order(begin: Begin) ->
     round = begin()
     keys = [seat.peer for seat in round.plan.roster]
     expected = [keys[parts.rendezvous(round.plan.previous_beacon, part, keys)[0]] for part in range(PARTS)]
-    assert [round.nodes[0].exchange().order(part)[0] for part in range(PARTS)] == expected
+    assert [order[0] for order in round.nodes[0].exchange().orders] == expected
     assert {part: key for part, (key, _) in round.exchange_everything().items()} == dict(enumerate(expected))
 
 
@@ -86,10 +74,10 @@ def test_a_slot_that_did_not_commit_or_may_not_reduce_is_no_reducer(begin: Begin
     round = begin()
     silent = round.nodes[1]
     del round.commitments.by_slot[silent.slot]
-    assert silent.plane.identity.public_key not in round.nodes[0].exchange().order(0)
+    assert silent.plane.identity.public_key not in round.nodes[0].exchange().orders[0]
     seats = [seat.model_copy(update={"reducer": slot != 2}) for slot, seat in enumerate(round.plan.roster)]
     round.plan = round.plan.model_copy(update={"roster": tuple(seats)})
-    assert round.nodes[0].exchange().order(0) == [round.nodes[0].plane.identity.public_key]
+    assert round.nodes[0].exchange().orders[0] == [round.nodes[0].plane.identity.public_key]
 
 
 # Somebody is missing
@@ -107,13 +95,13 @@ def test_a_sender_that_is_missing_is_left_out_after_half_of_the_time(begin: Begi
 
 def test_a_reducer_that_is_gone_is_replaced_by_the_next_one(begin: Begin) -> None:
     round = begin(exchange_s=2.0, ghost=True)
-    order = round.nodes[0].exchange().order
+    orders = round.nodes[0].exchange().orders
     ghost = round.plan.roster[NODES].peer
-    orphaned = [part for part in range(PARTS) if order(part)[0] == ghost]
+    orphaned = [part for part in range(PARTS) if orders[part][0] == ghost]
     assert orphaned
     published = round.go(0, 1, 2, until=lambda: round.published(PARTS))
     for part, (key, record) in published.items():
-        assert key == order(part)[1 if part in orphaned else 0]
+        assert key == orders[part][1 if part in orphaned else 0]
         assert record.slots == (0, 1, 2)
         assert record.result == chunks.content_hash(round.mean(part, 0, 1, 2))
 
@@ -152,7 +140,7 @@ def test_a_restarted_reducer_publishes_what_it_signed_and_makes_nothing_anew(beg
     # Deliveries come again; over fewer senders, a second average would be another one.
     round.go(0, 1, until=settled)
     assert sorted(envelope.encode() for envelope in round.posted) == before
-    assert fetch(round, round.sealed(published), Source()) == averages
+    assert finish(round, round.sealed(published)) == assembled(round, averages)
 
 
 # Fetching the averages
@@ -162,11 +150,9 @@ def test_a_missing_part_is_fetched_from_nobody(begin: Begin) -> None:
     round = begin()
     published = round.exchange_everything()
     del published[1]
-    source = Source()
-    averages = fetch(round, round.sealed(published), source)
-    assert averages[1] is None
-    assert averages[0] == round.mean(0, 0, 1, 2)
-    assert source.asked == 0
+    averages = [round.mean(0, 0, 1, 2), None, round.mean(2, 0, 1, 2)]
+    assert finish(round, round.sealed(published)) == assembled(round, averages)
+    assert round.coordinator.asked == 0
 
 
 @pytest.mark.parametrize("fault", ["gone", "other bytes", "too many bytes", "refuses"])
@@ -191,8 +177,8 @@ def test_an_average_comes_from_the_coordinator_where_its_reducer_fails(begin: Be
 
     round.swarm.served[round.nodes[1].plane.identity.public_key]["get"] = get
     sealed = round.sealed({0: (reducer, record)})
-    source = Source(average)
-    assert fetch(round, sealed, source) == [average, None, None]
-    assert source.asked == 1
     with pytest.raises(UnreachableError):
-        fetch(round, sealed, Source())
+        finish(round, sealed)
+    round.coordinator.blobs[record.result] = average
+    assert finish(round, sealed) == assembled(round, [average, None, None])
+    assert round.coordinator.asked == 2

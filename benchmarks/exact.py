@@ -1,11 +1,11 @@
 """What exact training costs beside native training, whether its bits hold, and whether it learns as well.
 
-    python benchmarks/exact.py [--json] [--quick] [--optimizer adamw|muon] [--profile]
+    python benchmarks/exact.py [--json] [--quick] [--optimizer adamw|muon] [--threads N] [--profile]
 
-Cost: medians of inner steps of 2,048 tokens, exact and native float32 in turns in one process, one thread. Bits: state
+Cost: medians of inner steps of 2,048 tokens, exact and native float32 in turns in one process, both on N threads. Bits: state
 hashes after 20 steps of a small model under other kernels, thread counts and micro-batches, and by the numpy reference.
-Loss: held-out loss after 500 steps on the Python standard library's sources, over 3 seeds, exact minus native, beside the
-spread of native's own seeds.
+Loss: held-out loss after 500 steps on the Python standard library's sources, over 3 seeds, exact minus native, beside a
+control (native from initial weights off by 1e-3) and the spread of native's own seeds.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ ENVIRONMENTS: dict[str, tuple[dict[str, str], dict[str, int]]] = {
     "as it comes": ({}, {}),
     "another process": ({}, {}),
     "2 threads": ({}, {"threads": 2}),
+    "3 threads": ({}, {"threads": 3}),
+    "compiled passes of every size on 3 threads": ({}, {"threads": 3, "share_all": 1}),
     "micro-batch of 4 grains": ({}, {"micro": 4}),
     "ATEN_CPU_CAPABILITY=default": ({"ATEN_CPU_CAPABILITY": "default"}, {}),
     "ATEN_CPU_CAPABILITY=avx2, MKL_CBWR=COMPATIBLE": ({"ATEN_CPU_CAPABILITY": "avx2", "MKL_CBWR": "COMPATIBLE"}, {}),
@@ -162,9 +164,13 @@ def small() -> RunSpec:
     return spec_of(model, 8, OptimizerSpec(weight_decay=0.1))
 
 
-def state_hash(*, threads: int = 1, micro: int = 1, eager: int = 0, reference: int = 0) -> str:
+def state_hash(*, threads: int = 1, micro: int = 1, eager: int = 0, reference: int = 0, share_all: int = 0) -> str:
     """Of the state after 20 steps, with grains of one sequence."""
     torch.set_num_threads(threads)
+    if share_all:
+        from swarm_protocol.exact.compiled import team
+
+        team.WORTH_SHARING = 1
     spec = small()
     batch, state = windows(corpus()[0], spec, 0), TrainState.initial(spec, llama.initial_parameters(spec.model, 0))
     if reference:
@@ -186,7 +192,8 @@ def state_hash(*, threads: int = 1, micro: int = 1, eager: int = 0, reference: i
 def hashes() -> Iterator[tuple[str, str]]:
     for name, (environment, options) in ENVIRONMENTS.items():
         command = [sys.executable, __file__, "--state-hash", json.dumps(options)]
-        found = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=True)
+        environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"} | environment
+        found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         yield name, found.stdout.strip()
 
 
@@ -194,15 +201,25 @@ def hashes() -> Iterator[tuple[str, str]]:
 
 
 def losses(optimizer: OptimizerSpec, steps: int, seed: int, backend: Backend) -> dict[str, float]:
-    """Held-out loss in nats per byte, by numerics."""
+    """Held-out loss in nats per byte, by numerics.
+
+    The control is native from initial weights that are off by 1e-3 of each: how far apart two runs end that differ in nothing
+    that matters.
+    """
     model = ModelSpec(hidden_size=128, intermediate_size=352, num_hidden_layers=4, max_position_embeddings=128)
     spec = spec_of(model, 8, optimizer)
     train, held_out = corpus()
     state = TrainState.initial(spec, llama.initial_parameters(model, seed))
     evaluation = [windows(held_out, spec, 0)(step) for step in range(16)]
+    noise = np.random.default_rng(seed).standard_normal(state.parameters.size, dtype=np.float32)
+    nudged = TrainState.initial(spec, state.parameters * (1 + np.float32(1e-3) * noise))
     found = {}
-    for name, trainer in (("native", training.Trainer(spec)), ("exact", Trainer(spec, backend=backend))):
-        end = trainer.run(state, windows(train, spec, seed), steps)
+    for name, trainer, start in (
+        ("native", training.Trainer(spec), state),
+        ("control", training.Trainer(spec), nudged),
+        ("exact", Trainer(spec, backend=backend), state),
+    ):
+        end = trainer.run(start, windows(train, spec, seed), steps)
         found[name] = training.evaluate(spec, end.parameters, evaluation)
     return found
 
@@ -212,6 +229,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     parser.add_argument("--quick", action="store_true", help="one seed, 60 steps, few repetitions")
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="muon")
+    parser.add_argument("--threads", type=int, default=1, help="of native and of exact training, for the cost (1)")
+    parser.add_argument("--cost-only", action="store_true", help="neither bits nor losses")
     parser.add_argument("--profile", action="store_true", help="also where an exact step's time goes")
     parser.add_argument("--state-hash", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -222,16 +241,17 @@ def main() -> None:
     def say(text: str) -> None:
         print(text, flush=True)
 
-    training.configure(1)
+    training.configure(arguments.threads)
     backend, optimizer = trusted_backend("cpu"), OPTIMIZERS[arguments.optimizer]
-    machine = fingerprint.runtime_fingerprint("cpu", 1)
+    machine = fingerprint.runtime_fingerprint("cpu", arguments.threads)
     result: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "machine": f"{machine['cpu']}; torch {torch.__version__}, Python {platform.python_version()}, one thread",
+        "machine": f"{machine['cpu']}; torch {torch.__version__}, Python {platform.python_version()}",
+        "threads": arguments.threads,
         "backend": backend.name,
         "optimizer": arguments.optimizer,
     }
-    say(f"{result['machine']}\n{backend.name}, {arguments.optimizer}")
+    say(f"{result['machine']}\n{backend.name}, {arguments.optimizer}, {arguments.threads} threads")
     costs = {}
     for width in WIDTHS:
         costs[width] = cost(width, optimizer, 2 if arguments.quick else 5, backend)
@@ -241,6 +261,11 @@ def main() -> None:
         result["profile"] = {width: profile(width, optimizer, backend) for width in WIDTHS}
         for width, shares in result["profile"].items():
             say(f"width {width}: " + ", ".join(f"{name} {share:.1%}" for name, share in shares.items()))
+    if arguments.cost_only:
+        if arguments.json:
+            print(json.dumps(result))
+        return
+    training.configure(1)
     found = {}
     for name, digest in hashes():
         found[name] = digest
@@ -249,15 +274,17 @@ def main() -> None:
     say("all states equal" if result["bit_equal"] else "STATES DIFFER")
     steps, runs = (60, 1) if arguments.quick else (500, 3)
     by_seed = [losses(optimizer, steps, seed, backend) for seed in range(runs)]
-    native, exact = ([one[name] for one in by_seed] for name in ("native", "exact"))
+    native, control, exact = ([one[name] for one in by_seed] for name in ("native", "control", "exact"))
     result |= {
-        "loss": {"native": native, "exact": exact},
+        "loss": {"native": native, "control": control, "exact": exact},
         "loss_gap": round(statistics.mean(exact) - statistics.mean(native), 5),
+        "control_gap": round(statistics.mean(control) - statistics.mean(native), 5),
         "native_seed_spread": round(statistics.stdev(native), 5) if runs > 1 else None,
     }
     say(
         f"loss after {steps} steps, {runs} seeds: native {statistics.mean(native):.4f}, exact {statistics.mean(exact):.4f}, "
-        f"gap {result['loss_gap']:+.4f} (native's seeds differ by {result['native_seed_spread']})"
+        f"gap {result['loss_gap']:+.4f} (native from nudged weights {result['control_gap']:+.4f}, its seeds differ by"
+        f" {result['native_seed_spread']})"
     )
     if arguments.json:
         print(json.dumps(result))

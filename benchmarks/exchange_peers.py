@@ -26,7 +26,6 @@ from swarm_node.exchange import Exchange, ExchangeDesk
 from swarm_node.folder import RunFolder
 from swarm_node.measured import Measured
 from swarm_protocol import chunks, codec, parts, processes
-from swarm_protocol.chunks import StateManifest
 from swarm_protocol.client import Commitments, CoordinatorClient, SealedRound
 from swarm_protocol.identity import Identity
 from swarm_protocol.peers import PeerPlane
@@ -61,7 +60,7 @@ def run_spec(numel: int, codec_name: Any, part_count: int) -> RunSpec:
         model=ModelSpec(vocab_size=rows, hidden_size=HIDDEN, intermediate_size=8, num_hidden_layers=1),
         data=DataSpec(root=ZERO, tokenizer="bytes", train_tokens=1, held_out_windows=1),
         training=TrainingSpec(),
-        exchange=ExchangeSpec(codec=codec_name, parts=part_count),
+        exchange=ExchangeSpec(codec=codec_name, parts=part_count, aggregator="mean"),
         outer=OuterSpec(),
         rounds=RoundsSpec(exchange_s=60.0),
         audit=AuditSpec(),
@@ -165,8 +164,8 @@ class _Node:
         _result(spec.model.num_parameters)
         idle = _idle(spec.model.num_parameters)
         work = RunFolder(self._folder / spec.exchange.codec, spec)
-        self._evidence.prune(plan.round)  # not earlier: others may still fetch from us
-        work.prune(plan.round)
+        self._evidence.forget(range(plan.round))  # not earlier: others may still fetch from us
+        work.forget(range(plan.round))
         slot = plan.slot_of(self._plane.identity.public_key)
         assert slot is not None
         _forget_peak()
@@ -208,8 +207,8 @@ class _Node:
             if spec.exchange.codec != "none":
                 encoded[part] = data
         return InMemory(
-            plan_hash=plan.hash, slot=slot, nonce=bytes(32), loss=0.0, state_roots=(),
-            final_manifest=StateManifest(0, ()), part_hashes=tuple(hashes), folder=Path(), tensor=tensor, spec=spec,
+            plan_hash=plan.hash, slot=slot, nonce=bytes(32), loss=0.0, states=(),
+            part_hashes=tuple(hashes), folder=Path(), tensor=tensor, spec=spec,
             encoded=encoded,
         )  # fmt: skip
 

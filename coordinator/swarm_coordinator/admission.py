@@ -11,11 +11,20 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from swarm_coordinator.db.archive import Archive
-from swarm_coordinator.round_events import Committed, Event, NodeReady, Opened, PartHeld, PartPublished, Rooted
+from swarm_coordinator.round_events import (
+    Committed,
+    Event,
+    NodeReady,
+    Opened,
+    PartHeld,
+    PartPublished,
+    Rooted,
+    Sketched,
+)
 from swarm_coordinator.rounds import Phase, State
-from swarm_protocol import PROTOCOL_VERSION, parts, records
+from swarm_protocol import PROTOCOL_VERSION, equivocation, parts, records, sketching
 from swarm_protocol.draw import nonce_hash
-from swarm_protocol.errors import RefusedError
+from swarm_protocol.errors import InvalidDataError, RefusedError
 from swarm_protocol.records import Record, Role
 from swarm_protocol.spec import RunSpec
 
@@ -57,6 +66,17 @@ def admit(archive: Archive, spec: RunSpec, state: State, applicant: Applicant, r
         case records.PartRecord():
             _require_standing(archive, applicant)
             return _admit_part_record(archive, spec, state, applicant, record)
+        case records.Sketches():
+            _require_standing(archive, applicant)
+            _admit_sketches(archive, state, applicant, record)
+            return None
+        case records.SketchObjection():
+            _require_standing(archive, applicant)
+            _admit_objection(archive, spec, state, applicant, record)
+            return None
+        case records.SketchSet():
+            _require_office(archive, applicant, Role.CHECKPOINT_WORKER)
+            return _admit_sketch_set(archive, state, record)
         case records.NonceOpening():
             _require_standing(archive, applicant)
             return _admit_opening(archive, state, applicant, record)
@@ -75,7 +95,11 @@ def admit(archive: Archive, spec: RunSpec, state: State, applicant: Applicant, r
             return None
         case records.Verdict():
             _require_office(archive, applicant, Role.AUDITOR)
-            _admit_verdict(archive, record)
+            _admit_verdict(archive, applicant, record)
+            return None
+        case records.Equivocation():
+            _require_standing_or_office(archive, applicant)
+            _admit_equivocation(archive, record)
             return None
         case _:
             raise RefusedError(f"only the coordinator signs a {record.kind}", status=403, code="not-yours")
@@ -109,7 +133,15 @@ def _admit_ready(archive: Archive, state: State, applicant: Applicant, record: r
         _refuse(409, "wrong-base", f"round {record.round} starts from checkpoint {expected}; fetch it first")
     node = archive.node(applicant.key)
     accepted = 0 if node is None else node.accepted
-    return NodeReady(applicant.key, record.round, record.base, record.tokens_per_s, record.can_reduce, accepted)
+    return NodeReady(
+        applicant.key,
+        record.round,
+        record.base,
+        record.tokens_per_s,
+        record.can_reduce,
+        accepted,
+        record.upload_bytes_per_s,
+    )
 
 
 def _admit_commitment(
@@ -128,20 +160,71 @@ def _admit_commitment(
     return Committed(record.slot, record.hash)
 
 
+def _admit_sketches(archive: Archive, state: State, applicant: Applicant, record: records.Sketches) -> None:
+    _require_sketching(state, record)
+    _require_slot(state, applicant, record.slot)
+    commitment = _commitment(archive, state, record.slot)
+    if state.sketch_set is not None:
+        _refuse(409, "closed", f"the sketches of round {state.round} are closed")
+    stored = archive.round(state.round)
+    assert stored is not None
+    assert stored.commitment_set is not None
+    try:
+        sketching.require_for(record, stored.commitment_set, commitment)
+    except InvalidDataError as error:
+        _refuse(422, "wrong-sketches", str(error))
+
+
+def _admit_objection(
+    archive: Archive, spec: RunSpec, state: State, applicant: Applicant, record: records.SketchObjection
+) -> None:
+    _require_sketching(state, record)
+    _require_reducer(state, applicant)
+    if record.part >= state.policy.parts or record.sequence != record.part * records.MAX_SLOTS + record.slot:
+        _refuse(422, "wrong-part", f"a run of {state.policy.parts} parts, and a sequence made of part and slot")
+    commitment = _commitment(archive, state, record.slot)
+    try:
+        sketching.require_committed(spec, record, commitment)
+    except InvalidDataError as error:
+        _refuse(422, "wrong-part", f"not a part that slot {record.slot} committed to: {error}")
+
+
+def _admit_sketch_set(archive: Archive, state: State, record: records.SketchSet) -> Sketched:
+    _require_sketching(state, record)
+    stored = archive.round(state.round)
+    if stored is None or record.commitment_set != stored.commitment_set:
+        _refuse(422, "wrong-commitment-set", "the sketch set names another commitment set than this round's")
+    counted, excluded = [one.slot for one in record.counted], [one.slot for one in record.excluded]
+    selected = tuple(one.slot for one in record.selected)
+    ascending = all(slots == sorted(set(slots)) for slots in (counted, excluded, list(selected)))
+    candidates = list(sketching.candidates(state.roster, state.committed))
+    if not ascending or sorted(counted + excluded) != candidates or not set(selected) <= set(counted):
+        _refuse(
+            422, "wrong-slots", "a sketch set counts or excludes each slot with weight, and selects from the counted"
+        )
+    if record.sequence != 0 or state.sketch_set is not None:
+        _refuse(409, "closed", f"the sketches of round {state.round} are closed already")
+    for one in record.counted:
+        known = archive.find(records.Sketches.kind, state.round, one.slot, state.roster[one.slot].peer)
+        if known is None or known.hash != one.hash:
+            _refuse(422, "unknown-record", f"no sketches {one.hash.hex()} of slot {one.slot} came in")
+    return Sketched(record.hash, selected)
+
+
 def _admit_part_record(
     archive: Archive, spec: RunSpec, state: State, applicant: Applicant, record: records.PartRecord
 ) -> PartPublished:
     _require_phase(state, record, Phase.EXCHANGING)
-    slot = state.slot_of(applicant.key)
-    if slot is None or not state.roster[slot].reducer:
-        _refuse(403, "no-reducer", f"the plan of round {state.round} does not name this node as a reducer")
+    _require_reducer(state, applicant)
     if record.part >= state.policy.parts or record.sequence != record.part:
         _refuse(422, "wrong-part", f"a run of {state.policy.parts} parts, and a record whose sequence is its part")
     stored = archive.round(state.round)
     if stored is None or record.commitment_set != stored.commitment_set:
         _refuse(422, "wrong-commitment-set", "the part record names another commitment set than this round's")
-    if list(record.slots) != sorted(set(record.slots)) or not set(record.slots) <= set(state.committed):
-        _refuse(422, "wrong-slots", "slots of a part record are ascending, each once, and have all committed")
+    if state.needs_sketches and state.sketch_set is None:
+        _refuse(409, "early", f"an average of round {state.round} comes after its sketch set")
+    if list(record.slots) != sorted(set(record.slots)) or not set(record.slots) <= set(state.averaged):
+        _refuse(422, "wrong-slots", "slots of a part record are ascending, each once, have committed, and are selected")
     size_bytes = parts.encoded_part_bytes(spec, record.part)
     if record.size_bytes != size_bytes:
         _refuse(422, "wrong-size", f"part {record.part} has {size_bytes} encoded bytes, not {record.size_bytes}")
@@ -184,14 +267,32 @@ def _admit_evaluation(archive: Archive, spec: RunSpec, record: records.Evaluatio
         _refuse(422, "unknown-checkpoint", f"round {record.round} does not start from this checkpoint")
 
 
-def _admit_verdict(archive: Archive, record: records.Verdict) -> None:
+def _admit_verdict(archive: Archive, applicant: Applicant, record: records.Verdict) -> None:
     audit = archive.audit(record.round, record.slot)
+    if audit is not None and audit.peer == applicant.key:
+        _refuse(403, "own-contribution", "nobody judges a contribution of their own")
     if audit is None or record.sequence != record.slot:
         _refuse(
             422, "no-audit", f"slot {record.slot} of round {record.round} was not drawn; sequence and slot are equal"
         )
     if record.commitment != audit.commitment:
         _refuse(422, "wrong-commitment", "the verdict names another commitment than the one that was drawn")
+
+
+def _admit_equivocation(archive: Archive, record: records.Equivocation) -> None:
+    try:
+        proved = equivocation.proved_by(record)
+    except InvalidDataError as error:
+        _refuse(422, "no-proof", f"these two records prove nothing: {error}")
+    if archive.node(proved.key) is None:
+        _refuse(422, "unknown-node", "they are signed by nobody who takes part in this run")
+    if archive.equivocated(proved.key):
+        _refuse(409, "closed", "this identity's equivocation is known already")
+
+
+def _require_standing_or_office(archive: Archive, applicant: Applicant) -> None:
+    if not any(archive.holds_office(applicant.key, role) for role in Role):
+        _require_standing(archive, applicant)
 
 
 def _require_standing(archive: Archive, applicant: Applicant) -> None:
@@ -219,6 +320,25 @@ def _require_phase(state: State, record: Record, phase: Phase) -> None:
 def _require_slot(state: State, applicant: Applicant, slot: int) -> None:
     if slot >= len(state.roster) or state.roster[slot].peer != applicant.key:
         _refuse(403, "not-your-slot", f"slot {slot} of round {state.round} is not this node's")
+
+
+def _require_reducer(state: State, applicant: Applicant) -> None:
+    slot = state.slot_of(applicant.key)
+    if slot is None or not state.roster[slot].reducer:
+        _refuse(403, "no-reducer", f"the plan of round {state.round} does not name this node as a reducer")
+
+
+def _require_sketching(state: State, record: Record) -> None:
+    _require_phase(state, record, Phase.EXCHANGING)
+    if not state.needs_sketches:
+        _refuse(422, "no-sketches", f"the averages of round {state.round} need no sketches")
+
+
+def _commitment(archive: Archive, state: State, slot: int) -> records.Commitment:
+    committed = dict(state.commitments).get(slot)
+    if committed is None:
+        _refuse(422, "not-committed", f"slot {slot} has no commitment in round {state.round}")
+    return archive.stored(records.Commitment, committed)
 
 
 def _refuse(status: int, code: str, reason: str) -> NoReturn:

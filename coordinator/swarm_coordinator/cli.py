@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import signal
 import sys
@@ -12,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from swarm_protocol import processes
 from swarm_protocol.errors import SwarmError
 
 app = typer.Typer(
@@ -42,6 +44,9 @@ def init(
         str | None, typer.Option(help="What volunteers need to know to join.", envvar="SWARM_TOKEN")
     ] = None,
     auditors: Annotated[int, typer.Option(min=1, max=64, help="Auditor keys to make.")] = 2,
+    tolerances: Annotated[
+        Path | None, typer.Option(help="Tolerances for native numerics, made by `calibrate`.", exists=True)
+    ] = None,
 ) -> None:
     """Make a run: cut the corpus, draw checkpoint 0, make the keys, and seal it all under a run id."""
     from swarm_coordinator import init as making
@@ -56,7 +61,7 @@ def init(
     if not corpus:
         typer.echo("The corpus is the source code of this Python's standard library.")
     sealed = making.initialise(
-        making.Options(directory, config, corpus or corpora.stdlib_corpus(), token=token, auditors=auditors)
+        making.Options(directory, config, corpus or corpora.stdlib_corpus(), token, auditors, tolerances)
     )
     key = bytes.fromhex(sealed.coordinator)
     typer.echo(f"run          {sealed.name} {sealed.run_id.hex()}")
@@ -66,6 +71,33 @@ def init(
     typer.echo(f"serve it     swarm-coordinator serve {directory}")
     invitation = f" --token {token}" if token else ""
     typer.echo(f"join it      swarm-node join http://127.0.0.1:8470{invitation} --trust {peer_id(key)}")
+
+
+@app.command()
+def calibrate(
+    config: Annotated[
+        Path | None, typer.Argument(help="The run's TOML; without one, the defaults.", exists=True)
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The tolerance file to write.")] = Path("tolerances.json"),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Three runtimes and one contribution: to see that it works.")
+    ] = False,
+) -> None:
+    """Measure how far apart honest runtimes and cheats are, and write the tolerances that `init --tolerances` takes."""
+    from swarm_coordinator import calibrate as calibrating
+    from swarm_protocol.spec import RunConfig
+
+    recipe = RunConfig() if config is None else RunConfig.from_toml(config)
+    found = calibrating.calibrate(recipe, out, calibrating.QUICK if quick else calibrating.THOROUGH, typer.echo)
+    for precision, measured in found.precisions.items():
+        for name, distance in sorted(measured.honest.items(), key=lambda item: item[1]):
+            typer.echo(f"{precision}  {distance:9.2e}  honest, {name}")
+        for name, distance in sorted(measured.cheats.items(), key=lambda item: item[1]):
+            typer.echo(f"{precision}  {distance:9.2e}  {name}")
+        typer.echo(
+            f"{precision}: {measured.margin_orders} orders of magnitude between honest noise and the mildest cheat"
+        )
+    typer.echo(f"written to {out}; use it with: swarm-coordinator init DIR --tolerances {out}")
 
 
 @app.command()
@@ -95,13 +127,70 @@ def worker(directory: Directory, url: Url) -> None:
     asyncio.run(_until_stopped(working.run(directory, url)))
 
 
-@app.command(hidden=True)
-def audit(directory: Directory, url: Url, key: Annotated[Path, typer.Option(help="The auditor's key file.")]) -> None:
-    """An auditor of a run; `serve` starts one for each of its keys."""
-    from swarm_coordinator import auditor
+@app.command()
+def audit(
+    where: Annotated[str, typer.Argument(help="The run's directory, or the coordinator's address.")],
+    url: Annotated[str | None, typer.Option(help="The coordinator's address, where a directory was given.")] = None,
+    key: Annotated[Path | None, typer.Option(help="The auditor's key file; made if it does not exist.")] = None,
+    threads: Annotated[int, typer.Option(min=1, max=1024, help="CPU threads.")] = 1,
+) -> None:
+    """Audit a run, on any machine; `serve` starts an auditor for each key in its own directory.
+
+    An auditor elsewhere has a key of its own, which the run owner has to appoint: swarm-coordinator appoint DIR KEY.
+    """
+    from swarm_protocol import auditor
+    from swarm_protocol.errors import ConfigurationError
+    from swarm_protocol.identity import Identity
 
     _log()
-    asyncio.run(_until_stopped(auditor.run(directory, url, key)))
+    remote = where.startswith(("http://", "https://"))
+    directory = Path.home() / ".local" / "share" / "swarm-auditor" if remote else Path(where)
+    address = where if remote else url
+    if address is None:
+        raise ConfigurationError(f"give the coordinator's address as well: swarm-coordinator audit {where} --url URL")
+    if key is None:
+        key = directory / "identity"
+        typer.echo(f"auditing with the key {Identity.load_or_create(key).peer_id}; the run owner has to appoint it")
+    asyncio.run(_until_stopped(auditor.run(directory, address, key, threads=threads)))
+
+
+@app.command()
+def appoint(
+    directory: Directory, key: Annotated[str, typer.Argument(help="The auditor's key, as PeerID or in hex.")]
+) -> None:
+    """Let somebody else's auditor give verdicts in a run. A coordinator that is running takes note within seconds."""
+    from swarm_coordinator.run_directory import RunDirectory
+    from swarm_protocol.errors import ConfigurationError, InvalidDataError
+    from swarm_protocol.identity import peer_id, public_key_of
+
+    home = RunDirectory(directory)
+    home.spec()
+    try:
+        raw = bytes.fromhex(key) if len(key) == 64 else public_key_of(key)
+        home.appoint(raw)
+    except (ValueError, InvalidDataError) as error:
+        raise ConfigurationError(f"{key} is no key: {error}") from error
+    typer.echo(f"{peer_id(raw)} may audit")
+
+
+@app.command("audit-reduction")
+def audit_reduction(
+    url: Annotated[str, typer.Argument(help="The coordinator's address.")],
+    round_number: Annotated[int, typer.Option("--round", min=0, help="The round.")],
+    part: Annotated[
+        list[int] | None, typer.Option(min=0, help="A part of it; may be given several times.", show_default="all")
+    ] = None,
+) -> None:
+    """Recompute published averages from the committed inputs; anybody can. One JSON object on stdout.
+
+    Exits with 0 if all of them are accepted, with 1 if not.
+    """
+    from swarm_coordinator import reduction_auditor
+
+    _log()
+    report = asyncio.run(reduction_auditor.run(url, round_number, part or None))
+    typer.echo(json.dumps(report))
+    raise typer.Exit(any(entry["outcome"] != "accepted" for entry in report["records"]))
 
 
 async def _until_stopped(work: Coroutine[None, None, None]) -> None:
@@ -127,6 +216,7 @@ def _log() -> None:
 
 def main() -> None:
     """The console script: errors that we raise on purpose become one clear message and an exit code."""
+    processes.wait_politely()
     try:
         app()
     except SwarmError as error:

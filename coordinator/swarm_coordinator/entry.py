@@ -7,17 +7,19 @@ there or was never sent: no signature is ever remade.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
-from swarm_coordinator.auditing import resolve, standing_ends
+from swarm_coordinator.books import Books
 from swarm_coordinator.db.archive import Archive
 from swarm_coordinator.db.machine_codec import encode_event, encode_state
 from swarm_coordinator.db.tables import (
     MOOT,
     AuditRow,
+    EquivocationRow,
     EventRow,
     NodeRow,
     OfficeRow,
@@ -37,11 +39,13 @@ from swarm_coordinator.round_events import (
     RequestRoot,
     RevealBeacon,
 )
-from swarm_coordinator.rounds import State, advance
-from swarm_protocol import encoding
+from swarm_coordinator.rounds import Phase, State, advance
+from swarm_protocol import encoding, equivocation
 from swarm_protocol.draw import Drawable, chain_value, drawn
-from swarm_protocol.identity import Identity
+from swarm_protocol.errors import InvalidDataError
+from swarm_protocol.identity import Identity, peer_id
 from swarm_protocol.log import Log, leaf_hash
+from swarm_protocol.policy import acceptances_needed, resolve
 from swarm_protocol.records import (
     Addresses,
     Appointment,
@@ -50,7 +54,7 @@ from swarm_protocol.records import (
     Commitment,
     CommitmentSet,
     Envelope,
-    Outcome,
+    Equivocation,
     PartHeld,
     Ready,
     Record,
@@ -63,6 +67,8 @@ from swarm_protocol.records import (
     Verdict,
 )
 from swarm_protocol.spec import RunSpec
+
+log = logging.getLogger(__name__)
 
 UNLOGGED = (Ready, Addresses, PartHeld, CheckpointReport)
 """Heartbeats, addresses and the checkpoint worker's messages to the coordinator: everything else is a leaf of the log."""
@@ -82,6 +88,7 @@ class Entry:
 
     def __init__(self, session: Session, office: Office, state: State, log: Log, now_ms: int) -> None:
         self.archive = Archive(session, office.spec.run_id)
+        self._books = Books(session, self.archive, office.spec.audit)
         self.state = state
         self.topics: set[str] = set()
         self._session = session
@@ -158,23 +165,50 @@ class Entry:
         self.topics.add("audits")
         if audit.outcome is not None:
             return
-        policy = self._office.spec.audit
         votes = self.archive.verdicts(verdict.round, verdict.slot)
-        outcome = resolve(votes, self.archive.count_offices(Role.AUDITOR), policy)
+        outcome = resolve(
+            votes,
+            len(set(self.archive.offices(Role.AUDITOR)) - {audit.peer}),
+            self._office.spec.audit,
+            acceptances=acceptances_needed(audit.commitment),
+        )
         if outcome is None:
             return
-        audit.outcome, audit.reason = outcome.value, verdict.reason
-        node = self.archive.node(audit.peer)
-        if node is None:
-            return
-        node.accepted += outcome is Outcome.ACCEPTED
-        node.rejected += outcome is Outcome.REJECTED
-        node.unavailable += outcome is Outcome.UNAVAILABLE
-        reason = standing_ends(node.rejected, node.unavailable, policy)
-        if reason is not None and node.ended_reason is None:
-            node.ended_reason = f"{reason} (round {verdict.round}: {verdict.reason})"
+        reason = self._books.resolved(audit, outcome, verdict.reason)
+        if reason is not None:
             self.archive.drop_audits(audit.peer)
             self.apply(NodeGone(audit.peer))
+        self._settle()
+
+    def expose(self, first: Envelope, second: Envelope) -> None:
+        """Sign, store and act on the proof that somebody signed both of these, once; heartbeats prove nothing."""
+        try:
+            proved = equivocation.prove(first, second, run=self._run)
+        except InvalidDataError:
+            return
+        if self.archive.equivocated(proved.key):
+            return
+        sequence = self.archive.count(Equivocation.kind, self._office.identity.public_key)
+        report = Equivocation(
+            run=self._run, round=proved.round, sequence=sequence, first=first.encode(), second=second.encode()
+        )
+        self._sign(report)
+        self.note_equivocation(report)
+
+    def note_equivocation(self, report: Equivocation) -> None:
+        """End the standing of the key that a stored report proves to have signed two records under one name."""
+        proved = equivocation.proved_by(report)
+        self._session.add(EquivocationRow(run=self._run, key=proved.key, report=report.hash))
+        node = self.archive.node(proved.key)
+        log.warning("%s %s; the proof is record %s", peer_id(proved.key), proved.what, report.hash.hex())
+        if node is not None and node.ended_reason is None:
+            self._end_standing(node, proved.what)
+
+    def _end_standing(self, node: NodeRow, reason: str) -> None:
+        node.ended_reason = reason
+        self._books.ended(node.key, reason)
+        self.archive.drop_audits(node.key)
+        self.apply(NodeGone(node.key))
 
     def apply(self, event: Event) -> None:
         """Store an event, advance the rounds by it, and do what follows."""
@@ -205,6 +239,7 @@ class Entry:
             case RevealBeacon():
                 self._reveal(effect)
             case Finish():
+                self._settle()
                 self.topics.add(f"plan:{self.state.round}")
 
     def _publish_plan(self, effect: PublishPlan) -> None:
@@ -230,6 +265,7 @@ class Entry:
                 round=effect.round,
                 slots=len(effect.roster),
                 plan=plan.hash,
+                vouched=encoding.encode([self._books.vouched_tokens(seat.peer) for seat in plan.roster]),
                 committed=0,
                 missing_parts=0,
             )
@@ -256,12 +292,15 @@ class Entry:
             round=effect.round,
             plan=row.plan,
             commitment_set=row.commitment_set,
+            sketches=effect.sketch_set,
             parts=effect.parts,
             base=effect.base,
             root=effect.root,
         )
         self._sign(manifest)
         row.manifest, row.root = manifest.hash, manifest.root
+        self._books.credit(self.archive.stored(RoundPlan, row.plan), self._contributions(row))
+        self._settle()
         self.topics.add(f"manifest:{effect.round}")
 
     def _reveal(self, effect: RevealBeacon) -> None:
@@ -279,34 +318,54 @@ class Entry:
         row.beacon = reveal.value
         plan = self.archive.stored(RoundPlan, row.plan)
         contributions = self._contributions(row)
-        candidates = [
-            Drawable(slot, plan.roster[slot].peer, self._earlier(plan.roster[slot].peer), commitment.nonce_hash)
-            for slot, commitment in contributions.items()
-        ]
-        for slot in drawn(spec.audit, reveal, candidates):
+        chosen = drawn(spec.audit, spec.standard_tokens, reveal, self._candidates(row, plan, contributions))
+        for slot, commitment in contributions.items():
             peer = plan.roster[slot].peer
             node = self.archive.node(peer)
-            self._session.add(
-                AuditRow(
-                    run=self._run,
-                    round=effect.round,
-                    slot=slot,
-                    peer=peer,
-                    commitment=contributions[slot].hash,
-                    outcome=None if node is None or node.ended_reason is None else MOOT,
+            if slot in chosen:
+                self._session.add(
+                    AuditRow(
+                        run=self._run,
+                        round=effect.round,
+                        slot=slot,
+                        peer=peer,
+                        commitment=commitment.hash,
+                        segments=encoding.encode(list(chosen[slot])),
+                        outcome=None if node is None or node.ended_reason is None else MOOT,
+                    )
                 )
-            )
+            elif self._vouched(row)[slot] // spec.standard_tokens < spec.audit.probation:
+                self._books.unaudited(effect.round, slot)
         self.topics |= {f"beacon:{effect.round}", "audits"}
+
+    def _candidates(self, row: RoundRow, plan: RoundPlan, contributions: dict[int, Commitment]) -> list[Drawable]:
+        vouched = self._vouched(row)
+        return [
+            Drawable(
+                slot=slot,
+                nonce_hash=commitment.nonce_hash,
+                tokens=commitment.tokens,
+                segments=len(self._office.spec.segments(plan.roster[slot].steps)),
+                vouched_tokens=vouched[slot],
+            )
+            for slot, commitment in contributions.items()
+        ]
+
+    def _vouched(self, row: RoundRow) -> list[int]:
+        """What audits had vouched for when the round was planned, by slot."""
+        found = encoding.decode(row.vouched, max_bytes=1 << 20)
+        assert isinstance(found, list)
+        return [int(tokens) for tokens in found if isinstance(tokens, int)]
+
+    def _settle(self) -> None:
+        sealed = self.archive.last_sealed()
+        if sealed is not None:
+            self._books.settle(sealed.round, finished=self.state.phase is Phase.FINISHED)
 
     def _contributions(self, row: RoundRow) -> dict[int, Commitment]:
         assert row.commitment_set is not None
         closing = self.archive.stored(CommitmentSet, row.commitment_set)
         return {entry.slot: self.archive.stored(Commitment, entry.hash) for entry in closing.commitments}
-
-    def _earlier(self, key: bytes) -> int:
-        """Contributions before this round's, which is counted already."""
-        node = self.archive.node(key)
-        return 0 if node is None else node.contributions - 1
 
     def _round(self, number: int) -> RoundRow:
         row = self.archive.round(number)

@@ -18,28 +18,31 @@ from swarm_coordinator.run_directory import RunDirectory
 from swarm_coordinator.store import Store
 from swarm_protocol.chunks import content_hash
 from swarm_protocol.draw import chain_end
-from swarm_protocol.errors import ConfigurationError
+from swarm_protocol.errors import ConfigurationError, InvalidDataError
 from swarm_protocol.files import write_atomic
 from swarm_protocol.identity import Identity
-from swarm_protocol.spec import DataSpec, RunConfig, RunSpec
+from swarm_protocol.spec import AuditSpec, DataSpec, RunConfig, RunSpec
+from swarm_protocol.tolerances import Tolerances
 
 
 @dataclass(frozen=True)
 class Options:
-    """`corpus` is files and folders; `auditors` is how many keys are made that may audit."""
+    """`corpus` is files and folders; `auditors` is how many keys are made that may audit; `tolerances` a tolerance file."""
 
     directory: Path
     config: RunConfig
     corpus: Sequence[Path]
     token: str | None = None
     auditors: int = 2
+    tolerances: Path | None = None
 
 
 def initialise(options: Options) -> RunSpec:
     """Make the directory of a new run.
 
     Raises:
-        ConfigurationError: the directory is in use, the corpus is too small, or the disk is full.
+        ConfigurationError: the directory is in use, the corpus is too small, the tolerances are for another model, or the
+            disk is full.
     """
     target = options.directory.absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -68,6 +71,7 @@ def _build(directory: RunDirectory, options: Options) -> RunSpec:
 
     config = options.config
     store = Store(directory.objects)
+    audit = _with_tolerances(config, options.tolerances, store)
     dataset = write_dataset(config.data, config.model, options.corpus, lambda blob: store.put(content_hash(blob), blob))
     store.put(dataset.root, dataset.encode())
     checkpoint = Checkpoint.initial(initial_parameters(config.model, config.seed))
@@ -98,7 +102,31 @@ def _build(directory: RunDirectory, options: Options) -> RunSpec:
         exchange=config.exchange,
         outer=config.outer,
         rounds=config.rounds,
-        audit=config.audit,
+        audit=audit,
     )
     write_atomic(directory.spec_file, spec.encode())
     return spec
+
+
+def _with_tolerances(config: RunConfig, path: Path | None, store: Store) -> AuditSpec:
+    """The audit policy, with the tolerance file that it seals in the store."""
+    if path is None:
+        if config.audit.tolerance_file is not None:
+            raise ConfigurationError(
+                "audit.tolerance_file names a tolerance file: give it as well, with --tolerances FILE"
+            )
+        return config.audit
+    if config.numerics == "exact":
+        raise ConfigurationError("exact runs compare hashes and have no tolerances; leave --tolerances out")
+    try:
+        data = path.read_bytes()
+        Tolerances.decode(data).require_fit(config.model, config.training)
+    except OSError as error:
+        raise ConfigurationError(f"{path} cannot be read: {error.strerror}") from error
+    except InvalidDataError as error:
+        raise ConfigurationError(f"{path}: {error}") from error
+    digest = content_hash(data)
+    if config.audit.tolerance_file not in (None, digest.hex()):
+        raise ConfigurationError(f"audit.tolerance_file names another file than {path}; correct it, or leave it out")
+    store.put(digest, data)
+    return config.audit.model_copy(update={"tolerance_file": digest.hex()})

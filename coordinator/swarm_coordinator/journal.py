@@ -7,6 +7,7 @@ same state and signs nothing a second time. Synchronous and for one caller at a 
 from __future__ import annotations
 
 import hmac
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,8 +29,25 @@ from swarm_protocol import parts
 from swarm_protocol.errors import ConfigurationError, RefusedError
 from swarm_protocol.identity import Identity
 from swarm_protocol.log import Log, leaf_hash
-from swarm_protocol.records import Envelope, PartRecord, Ready, Record, Registration, Role, Verdict
+from swarm_protocol.records import (
+    Envelope,
+    Equivocation,
+    PartRecord,
+    Ready,
+    Record,
+    Registration,
+    Role,
+    Sketches,
+    SketchObjection,
+    SketchSet,
+    Verdict,
+)
 from swarm_protocol.spec import RunSpec
+
+log = logging.getLogger(__name__)
+
+WOKEN = {PartRecord: "part-records", Sketches: "sketches", SketchObjection: "sketches", SketchSet: "sketch-set"}
+"""What long-polls wait for of the records that others sign, by the topic of their round."""
 
 T = TypeVar("T")
 
@@ -79,22 +97,28 @@ class Journal:
     def close(self) -> None:
         self._engine.dispose()
 
-    def submit(self, envelope: Envelope, record: Record, token: str | None, now_ms: int) -> tuple[Receipt, set[str]]:
+    def submit(
+        self, envelope: Envelope, record: Record, token: str | None, now_ms: int
+    ) -> tuple[Receipt | RefusedError, set[str]]:
         """Accept a record whose signature was checked; returns the receipt, and the topics to wake.
 
+        In place of the receipt an equivocation gets the refusal: the proof is stored, and others are to hear of it.
+
         Raises:
-            RefusedError: says why.
+            RefusedError: says why; nothing was stored.
         """
         has_token = self._token is None or hmac.compare_digest((token or "").encode(), self._token.encode())
         applicant = Applicant(envelope.key, has_token)
         with self._entry(now_ms) as entry:
             known = entry.archive.find(record.kind, record.round, record.sequence, envelope.key)
             if known is not None and known.hash != record.hash:
-                raise RefusedError(
+                entry.expose(Envelope.decode(known.envelope), envelope)
+                refusal = RefusedError(
                     f"this identity signed a different {record.kind} of round {record.round}, sequence {record.sequence}",
                     status=409,
                     code="equivocation",
                 )
+                return refusal, entry.topics
             # Anything repeated but a heartbeat may come from somebody else, and says nothing new.
             if known is not None and not isinstance(record, Ready):
                 return Receipt(known.hash, known.kind, known.leaf, new=False), entry.topics
@@ -105,10 +129,11 @@ class Journal:
                 entry.register(envelope.key, record)
             elif isinstance(record, Verdict):
                 entry.note_verdict(envelope.key, record)
+            elif isinstance(record, Equivocation):
+                entry.note_equivocation(record)
             if event is not None:
                 entry.apply(event)
-            if isinstance(record, PartRecord):
-                entry.topics.add(f"part-records:{record.round}")
+            entry.topics |= {f"{topic}:{record.round}" for kind, topic in WOKEN.items() if isinstance(record, kind)}
             return Receipt(row.hash, row.kind, row.leaf, new=known is None), entry.topics
 
     def tick(self, now_ms: int) -> set[str]:

@@ -12,7 +12,7 @@ from swarm_protocol.records import Seat
 
 @dataclass(frozen=True, slots=True)
 class NodeReady:
-    """`accepted` counts the node's contributions that audits accepted."""
+    """`accepted` counts the node's contributions that audits accepted; an upload of 0 is not known yet."""
 
     peer: bytes
     round: int
@@ -20,6 +20,7 @@ class NodeReady:
     tokens_per_s: float
     can_reduce: bool
     accepted: int
+    upload_bytes_per_s: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,14 @@ class NodeGone:
 class Committed:
     slot: int
     hash: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Sketched:
+    """The checkpoint worker closed the round's sketches; `selected` are the slots that averages may be made of."""
+
+    sketch_set: bytes
+    selected: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +83,7 @@ class Resumed:
     away_ms: int
 
 
-Event = NodeReady | NodeGone | Committed | PartPublished | PartHeld | Rooted | Opened | Tick | Resumed
+Event = NodeReady | NodeGone | Committed | Sketched | PartPublished | PartHeld | Rooted | Opened | Tick | Resumed
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,10 +112,13 @@ class RequestRoot:
 
 @dataclass(frozen=True, slots=True)
 class PublishManifest:
+    """`sketch_set` is None in a round that needed no sketches, or got no set of them."""
+
     round: int
     parts: tuple[bytes | None, ...]
     base: bytes
     root: bytes
+    sketch_set: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)

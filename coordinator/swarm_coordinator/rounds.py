@@ -33,7 +33,9 @@ from swarm_coordinator.round_events import (
     Resumed,
     RevealBeacon,
     Rooted,
+    Sketched,
 )
+from swarm_protocol import aggregate, sketching
 from swarm_protocol.records import Seat
 from swarm_protocol.spec import RunSpec
 
@@ -67,6 +69,7 @@ class Policy:
     tokens_per_step: int
     weight_cap_tokens: int
     weight_after: int
+    aggregator: aggregate.Name
 
     @classmethod
     def of(cls, spec: RunSpec, parts: int) -> Policy:
@@ -88,6 +91,7 @@ class Policy:
             tokens_per_step=spec.tokens_per_step,
             weight_cap_tokens=spec.exchange.weight_cap_tokens,
             weight_after=spec.exchange.weight_after,
+            aggregator=spec.exchange.aggregator,
         )
 
 
@@ -100,6 +104,7 @@ class Offer:
     tokens_per_s: float
     can_reduce: bool
     accepted: int
+    upload_bytes_per_s: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +142,8 @@ class State:
     previous: tuple[bytes, ...] = ()
     roster: tuple[Seat, ...] = ()
     commitments: tuple[tuple[int, bytes], ...] = ()
+    sketch_set: bytes | None = None
+    selected: tuple[int, ...] = ()
     averages: tuple[Average, ...] = ()
     parts: tuple[bytes | None, ...] = ()
     root: bytes | None = None
@@ -145,6 +152,16 @@ class State:
     @property
     def committed(self) -> tuple[int, ...]:
         return tuple(slot for slot, _ in self.commitments)
+
+    @property
+    def needs_sketches(self) -> bool:
+        """Whether this round's averages wait for a SketchSet; settled once its contributions are closed."""
+        return sketching.needed(self.policy.aggregator, self.roster, self.committed)
+
+    @property
+    def averaged(self) -> tuple[int, ...]:
+        """The slots that an average may be made of, as far as is known."""
+        return self.selected if self.needs_sketches else self.committed
 
     def slot_of(self, peer: bytes) -> int | None:
         return next((slot for slot, seat in enumerate(self.roster) if seat.peer == peer), None)
@@ -183,6 +200,10 @@ def _noted(state: State, event: Event, now_ms: int) -> State:
         case Committed(slot=slot) if state.phase is Phase.TRAINING and _open_slot(state, slot, state.commitments):
             state = _heard(state, state.roster[slot].peer, now_ms)
             return replace(state, commitments=tuple(sorted((*state.commitments, (slot, event.hash)))))
+        case Sketched(selected=selected) if state.phase is Phase.EXCHANGING and state.needs_sketches:
+            if state.sketch_set is not None or not set(selected) <= set(state.committed):
+                return state
+            return replace(state, sketch_set=event.sketch_set, selected=selected)
         case PartPublished() if state.phase is Phase.EXCHANGING and _acceptable(state, event):
             state = _heard(state, event.reducer, now_ms)
             average = Average(event.record_hash, event.part, event.reducer, event.slots, held=False)
@@ -214,7 +235,9 @@ def _note_ready(state: State, event: NodeReady, now_ms: int) -> State:
     this_round = event.round == state.round and event.base == state.base
     next_round = event.round == state.round + 1 and state.phase is Phase.OPENING and event.base == state.root
     if this_round or next_round:
-        offer = Offer(event.round, event.base, event.tokens_per_s, event.can_reduce, event.accepted)
+        offer = Offer(
+            event.round, event.base, event.tokens_per_s, event.can_reduce, event.accepted, event.upload_bytes_per_s
+        )
     return _heard(state, event.peer, now_ms, offer)
 
 
@@ -248,7 +271,7 @@ def _acceptable(state: State, event: PartPublished) -> bool:
         and 0 <= event.part < state.policy.parts
         and bool(event.slots)
         and ascending
-        and set(event.slots) <= set(state.committed)
+        and set(event.slots) <= set(state.averaged)
         and not any(
             average.record_hash == event.record_hash or (average.reducer, average.part) == (event.reducer, event.part)
             for average in state.averages
@@ -269,7 +292,7 @@ def _step(state: State, now_ms: int) -> tuple[State, Effect | None] | None:
             state = replace(state, phase=Phase.SEALING, phase_ends_ms=None, parts=parts)
             return state, RequestRoot(state.round, parts)
         case Phase.SEALING if state.root is not None:
-            manifest = PublishManifest(state.round, state.parts, state.base, state.root)
+            manifest = PublishManifest(state.round, state.parts, state.base, state.root, state.sketch_set)
             return replace(state, phase=Phase.OPENING, phase_ends_ms=now_ms + state.policy.open_ms), manifest
         case Phase.OPENING if due or _all_done(state, state.committed, [slot for slot, _ in state.openings]):
             return _next_round(state, now_ms), RevealBeacon(state.round, state.openings)
@@ -290,7 +313,8 @@ def _assemble(state: State, now_ms: int, due: bool) -> tuple[State, Effect | Non
         return None
     if len(ready) > policy.max_nodes:
         ready = tuple(sorted(ready, key=lambda node: _lot(state, node.peer))[: policy.max_nodes])
-    roster = tuple(_seat(policy, node) for node in sorted(ready, key=lambda node: node.peer))
+    able = reducers(policy, ready)
+    roster = tuple(_seat(policy, node, reducer=node.peer in able) for node in sorted(ready, key=lambda node: node.peer))
     commit_by_ms = now_ms + policy.train_ms
     state = replace(state, phase=Phase.TRAINING, phase_ends_ms=commit_by_ms, roster=roster)
     plan = PublishPlan(state.round, state.base, roster, state.cursor, commit_by_ms, commit_by_ms + policy.exchange_ms)
@@ -307,7 +331,17 @@ def _complete(state: State, ready: tuple[Node, ...], now_ms: int) -> bool:
     return expected <= {node.peer for node in ready}
 
 
-def _seat(policy: Policy, node: Node) -> Seat:
+def reducers(policy: Policy, ready: Iterable[Node]) -> set[bytes]:
+    """Who may reduce of those that offered to take a slot: who can be reached and has standing, which weight stands for.
+
+    While nobody has, as in the first rounds of a run, all who can be reached.
+    """
+    able = [node for node in ready if node.offer is not None and node.offer.can_reduce]
+    standing = {node.peer for node in able if node.offer and node.offer.accepted >= policy.weight_after}
+    return standing or {node.peer for node in able}
+
+
+def _seat(policy: Policy, node: Node, *, reducer: bool) -> Seat:
     offer = node.offer
     assert offer is not None
     steps = policy.steps
@@ -318,7 +352,8 @@ def _seat(policy: Policy, node: Node) -> Seat:
     weight = 0
     if offer.accepted >= policy.weight_after:
         weight = min(steps * policy.tokens_per_step, policy.weight_cap_tokens)
-    return Seat(peer=node.peer, steps=steps, weight=weight, reducer=offer.can_reduce)
+    upload = offer.upload_bytes_per_s
+    return Seat(peer=node.peer, steps=steps, weight=weight, reducer=reducer, upload_bytes_per_s=upload)
 
 
 def _lot(state: State, peer: bytes) -> bytes:
@@ -354,9 +389,9 @@ def _all_done(state: State, slots: Iterable[int], done: Iterable[int]) -> bool:
 
 
 def _all_held(state: State) -> bool:
-    if not state.commitments:
-        return True
-    whole = len(state.commitments)
+    if not state.averaged:
+        return not state.commitments or state.sketch_set is not None
+    whole = len(state.averaged)
     covered = {average.part for average in state.averages if average.held and len(average.slots) == whole}
     return len(covered) == state.policy.parts
 

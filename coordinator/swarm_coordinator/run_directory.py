@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from swarm_protocol.errors import ConfigurationError
+from swarm_protocol.files import write_atomic
+from swarm_protocol.identity import peer_id
 from swarm_protocol.spec import RunSpec
 
 
@@ -57,6 +59,27 @@ class RunDirectory:
     def auditor_keys(self) -> list[Path]:
         """The auditors' key files, by number."""
         return sorted(self.auditors.glob("*.key"), key=lambda path: (len(path.name), path.name))
+
+    def appoint(self, key: bytes) -> None:
+        """Let a key that is kept elsewhere audit; a coordinator that is running takes note within seconds."""
+        write_atomic(self.auditors / f"{peer_id(key)}.appointed", key.hex().encode())
+
+    def appointed(self) -> list[bytes]:
+        """The keys of auditors that are kept elsewhere.
+
+        Raises:
+            ConfigurationError: a file is damaged.
+        """
+        found = []
+        for path in sorted(self.auditors.glob("*.appointed")):
+            try:
+                key = bytes.fromhex(path.read_text())
+            except ValueError:
+                key = b""
+            if len(key) != 32 or path.stem != peer_id(key):
+                raise ConfigurationError(f"{path} is damaged; delete it, and appoint the auditor again")
+            found.append(key)
+        return found
 
     def spec(self) -> RunSpec:
         """Raises `ConfigurationError` where there is no run."""

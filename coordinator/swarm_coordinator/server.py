@@ -22,10 +22,12 @@ from swarm_coordinator.run_directory import RunDirectory
 from swarm_coordinator.service import Service, open_service
 from swarm_coordinator.supervisor import supervise
 from swarm_protocol.errors import ConfigurationError
+from swarm_protocol.records import Role
 
 log = logging.getLogger(__name__)
 
 BACKLOG = 2048
+APPOINTMENTS_S = 2.0
 
 
 async def serve(directory: Path, host: str, port: int, *, workers: bool) -> None:
@@ -42,7 +44,7 @@ async def serve(directory: Path, host: str, port: int, *, workers: bool) -> None
             server = _Server(create_app(service), f"serving run {spec.name} {spec.run_id.hex()} at {url}")
             _stop_on_signals(server, service)
             async with asyncio.TaskGroup() as tasks:
-                others = [tasks.create_task(service.run_clock())]
+                others = [tasks.create_task(service.run_clock()), tasks.create_task(_appoint(home, service))]
                 if workers:
                     others += [
                         tasks.create_task(supervise(name, command)) for name, command in _commands(home, url).items()
@@ -50,6 +52,19 @@ async def serve(directory: Path, host: str, port: int, *, workers: bool) -> None
                 await server.serve(sockets=[listener])
                 for task in others:
                     task.cancel()
+
+
+async def _appoint(home: RunDirectory, service: Service) -> None:
+    """Give their office to auditors that are appointed while the run goes on."""
+    known = set(home.appointed())
+    while True:
+        await asyncio.sleep(APPOINTMENTS_S)
+        try:
+            for key in set(home.appointed()) - known:
+                await service.appoint(Role.AUDITOR, key)
+                known.add(key)
+        except (ConfigurationError, OSError) as error:
+            log.warning("%s", error)
 
 
 class _Server(uvicorn.Server):

@@ -22,6 +22,7 @@ from swarm_coordinator.rounds import State
 from swarm_coordinator.run_directory import RunDirectory
 from swarm_coordinator.store import Store
 from swarm_coordinator.topics import Topics
+from swarm_protocol.errors import RefusedError
 from swarm_protocol.identity import Identity
 from swarm_protocol.records import Envelope, Role
 from swarm_protocol.spec import RunSpec
@@ -76,9 +77,11 @@ class Service:
         record = await asyncio.to_thread(envelope.open)
 
         def change() -> Receipt:
-            receipt, topics = self._journal.submit(envelope, record, token, self._clock())
+            answer, topics = self._journal.submit(envelope, record, token, self._clock())
             self._wake(topics)
-            return receipt
+            if isinstance(answer, RefusedError):
+                raise answer
+            return answer
 
         return await self._write(change)
 
@@ -152,6 +155,8 @@ async def open_service(directory: RunDirectory, clock: Callable[[], int] | None 
             await service.appoint(Role.CHECKPOINT_WORKER, Identity.load(directory.worker_key).public_key)
         for path in directory.auditor_keys():
             await service.appoint(Role.AUDITOR, Identity.load(path).public_key)
+        for key in directory.appointed():
+            await service.appoint(Role.AUDITOR, key)
         yield service
     finally:
         await service.close()

@@ -1,6 +1,7 @@
 """The checkpoint worker: follows the checkpoint, off the nodes' path, and is everybody's first peer.
 
-It fetches each average that a reducer published, checks it, keeps its bytes and says so; once the exchange of a round is
+In a round that needs sketches it says which count and what they select (`selecting`). It fetches each average that a
+reducer published, checks it, keeps its bytes and says so; once the exchange of a round is
 closed it does the outer step and reports the root that the manifest will name; it stores every checkpoint's chunks, and
 measures the held-out loss. It holds no secrets but its key, and stopping it stops nothing that nodes have begun.
 """
@@ -15,9 +16,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from swarm_coordinator.run_directory import RunDirectory
+from swarm_coordinator.selecting import Selecting
 from swarm_coordinator.store import Store
 from swarm_protocol import checkpoint as checkpoints
-from swarm_protocol import data, fetch, parts, training
+from swarm_protocol import data, fetch, parts, sketching, training
 from swarm_protocol.checkpoint import Checkpoint
 from swarm_protocol.chunks import content_hash
 from swarm_protocol.client import Commitments, CoordinatorClient, persist
@@ -123,12 +125,14 @@ class CheckpointWorker:
     async def _round(self, checkpoint: Checkpoint) -> Checkpoint:
         plan = await self._until(lambda: self._client.plan(checkpoint.round, wait_s=POLL_S))
         commitments = await self._until(lambda: self._client.commitments(plan, wait_s=POLL_S))
-        collecting = asyncio.create_task(self._collect(plan, commitments))
+        selecting = asyncio.create_task(self._select(plan, commitments))
+        collecting = asyncio.create_task(self._collect(plan, commitments, selecting))
         try:
             chosen = await self._until(lambda: self._client.sealing(plan.round, wait_s=POLL_S))
         finally:
             collecting.cancel()
-            for outcome in await asyncio.gather(collecting, return_exceptions=True):
+            selecting.cancel()
+            for outcome in await asyncio.gather(collecting, selecting, return_exceptions=True):
                 if isinstance(outcome, Exception):
                     log.error("collecting the averages of round %d failed: %s", plan.round, outcome)
         following = await asyncio.to_thread(checkpoints.advance, self._spec, checkpoint, await self._averages(chosen))
@@ -159,7 +163,14 @@ class CheckpointWorker:
 
     # Averages
 
-    async def _collect(self, plan: RoundPlan, commitments: Commitments) -> None:
+    async def _select(self, plan: RoundPlan, commitments: Commitments) -> set[int]:
+        """The slots that averages may be made of: all that committed, or those that sketches select."""
+        if not sketching.needed(self._spec.exchange.aggregator, plan.roster, commitments.by_slot):
+            return set(commitments.by_slot)
+        selecting = Selecting(self._client, self._plane, self._store, self._ledger, plan, commitments)
+        return {one.slot for one in (await selecting.close()).selected}
+
+    async def _collect(self, plan: RoundPlan, commitments: Commitments, selecting: asyncio.Task[set[int]]) -> None:
         """Fetch, check and keep every average that is published, as it comes; until cancelled."""
         reducers = {seat.peer for seat in plan.roster if seat.reducer}
         gate = asyncio.Semaphore(PARALLEL)
@@ -175,6 +186,8 @@ class CheckpointWorker:
                         record = envelope.open_as(PartRecord, run=self._spec.run_id, round=plan.round)
                         if envelope.key not in reducers or record.commitment_set != commitments.closing.hash:
                             raise InvalidDataError("a part record that is not of this round")
+                        if not set(record.slots) <= await selecting:
+                            raise InvalidDataError("a part record over slots that are not selected")
                     except InvalidDataError as error:
                         log.warning("round %d: %s", plan.round, error)
                         continue

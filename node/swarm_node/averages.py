@@ -2,8 +2,9 @@
 
 An average is fetched as soon as its record is published, not when the round is sealed: from its reducer, or from any
 other peer that has it, or, last, from the coordinator. Whoever serves other bytes than those of the hash is noted and
-passed over. Each is kept, so that we can serve it, and decoded into one vector; memory holds a few parts beside it.
-What the manifest names decides in the end.
+passed over; an average comes with the record that its reducer signed, and who signed two is reported with both. Each is
+kept, so that we can serve it, and decoded into one vector; memory holds a few parts beside it. What the manifest names
+decides in the end.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import contextlib
 import logging
 import time
 from collections import defaultdict
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +27,7 @@ from swarm_protocol.checkpoint import decode_average
 from swarm_protocol.client import CoordinatorClient, SealedRound
 from swarm_protocol.errors import InvalidDataError, RefusedError, UnreachableError
 from swarm_protocol.peers import PeerPlane
-from swarm_protocol.records import PartRecord, RoundPlan
+from swarm_protocol.records import Envelope, PartRecord, RoundPlan, parse
 from swarm_protocol.spec import RunSpec
 
 log = logging.getLogger(__name__)
@@ -37,7 +39,10 @@ RETRY_S = 1.0
 
 
 class Averages:
-    """One node's averages of one round, decoded into `vector`, float32[num_parameters], whatever that held before."""
+    """One node's averages of one round, decoded into `vector`, float32[num_parameters], whatever that held before.
+
+    `report` is told of two part records that one reducer signed for one part.
+    """
 
     def __init__(
         self,
@@ -50,6 +55,7 @@ class Averages:
         evidence: Evidence,
         measured: Measured,
         vector: npt.NDArray[np.float32],
+        report: Callable[[Envelope, Envelope], None],
     ) -> None:
         self._spec = spec
         self._plan = plan
@@ -66,11 +72,15 @@ class Averages:
         self._gate = asyncio.Semaphore(FETCHES_AT_ONCE)
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._decoding: dict[int, asyncio.Future[None]] = {}
+        self._seen: dict[tuple[bytes, int], Envelope] = {}
+        self._exposed: set[bytes] = set()
+        self._report = report
         self.complete = asyncio.Event()
 
-    def note(self, record: PartRecord, reducer: bytes) -> None:
+    def note(self, record: PartRecord, envelope: Envelope) -> None:
         """A record was published; if it is the best one of its part so far, its average is fetched."""
-        reducers = self._reducers[record.hash]
+        reducers, reducer = self._reducers[record.hash], envelope.key
+        self._compare(envelope)
         if reducer not in reducers:  # a backup may come to the same average, and sign the same record
             reducers.append(reducer)
         before = self._best.get(record.part)
@@ -167,12 +177,13 @@ class Averages:
         """
         for source in self._sources(record):
             try:
-                _, data = await self._plane.call(
+                answer, data = await self._plane.call(
                     source,
                     {"op": "get", "hash": record.result},
                     max_answer_bytes=record.size_bytes,
                     timeout_s=max(1.0, ATTEMPT_SHARE * self._spec.rounds.exchange_s),
                 )
+                self._look_at(answer.get("record"))
                 if await asyncio.to_thread(chunks.content_hash, data) == record.result:
                     return data
                 self._measured.served_other_bytes(source)
@@ -184,6 +195,28 @@ class Averages:
             with contextlib.suppress(RefusedError, InvalidDataError):
                 return await self._client.chunk(record.result, max_bytes=record.size_bytes)
         raise UnreachableError(f"nobody has the average of part {record.part}")
+
+    def _look_at(self, raw: object) -> None:
+        """The part record with which an average came, by whoever signed it. Anything else there says nothing."""
+        try:
+            envelope = Envelope.decode(raw) if isinstance(raw, bytes) else None
+            if envelope is not None and envelope not in self._seen.values():
+                envelope.open_as(PartRecord, run=self._spec.run_id, round=self._plan.round)
+                self._compare(envelope)
+        except InvalidDataError as error:
+            log.info("an average came with something that is no part record: %s", error)
+
+    def _compare(self, envelope: Envelope) -> None:
+        """Report a reducer that signs two records of one part; the envelope's signature was checked."""
+        record = parse(envelope.body)
+        assert isinstance(record, PartRecord)
+        if all(seat.peer != envelope.key for seat in self._plan.roster):
+            return
+        known = self._seen.setdefault((envelope.key, record.sequence), envelope)
+        if known.body != envelope.body and envelope.key not in self._exposed:
+            self._exposed.add(envelope.key)
+            log.warning("%s signed two different records of part %d", envelope.peer, record.part)
+            self._report(known, envelope)
 
     def _sources(self, record: PartRecord) -> list[bytes]:
         """Its reducers, then a few others, everybody asking others first, so that nobody is asked by all."""

@@ -10,7 +10,8 @@ from typing import Annotated
 
 import typer
 
-from swarm_protocol import PROTOCOL_VERSION, __version__
+from swarm_node.cheats import Kind
+from swarm_protocol import PROTOCOL_VERSION, __version__, processes
 from swarm_protocol.errors import SwarmError
 
 app = typer.Typer(
@@ -22,6 +23,10 @@ app = typer.Typer(
 )
 
 
+verify_app = typer.Typer(no_args_is_help=True)
+app.add_typer(verify_app, name="verify", help="Check a run at home: replay contributions, find where replays part.")
+
+
 class Device(StrEnum):
     AUTO = "auto"
     CPU = "cpu"
@@ -31,14 +36,6 @@ class Device(StrEnum):
 class Numerics(StrEnum):
     NATIVE = "native"
     EXACT = "exact"
-
-
-class Cheat(StrEnum):
-    """Ways to be dishonest that audits must catch; `swarm_node.cheats` has them."""
-
-    MADE_UP = "made-up"
-    LEARNING_RATE = "learning-rate"
-    FLIPPED_BIT = "flipped-bit"
 
 
 def default_folder() -> Path:
@@ -66,7 +63,17 @@ def join(
     ] = None,
     device: Annotated[Device, typer.Option(help="What to train on.")] = Device.AUTO,
     threads: Annotated[int | None, typer.Option(min=1, max=1024, help="CPU threads.", show_default="all")] = None,
-    cheat: Annotated[Cheat | None, typer.Option(hidden=True)] = None,
+    audit: Annotated[
+        bool, typer.Option("--audit", help="Also replay others' work; the run owner has to appoint this node.")
+    ] = False,
+    listen: Annotated[
+        str | None,
+        typer.Option(help="The IP address at which other nodes reach this one.", show_default="all of this machine's"),
+    ] = None,
+    client_only: Annotated[
+        bool, typer.Option("--client-only", help="Others cannot reach this node, so it averages nothing for them.")
+    ] = False,
+    cheat: Annotated[Kind | None, typer.Option(hidden=True)] = None,
     fault: Annotated[list[str] | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Join a run and contribute until it ends. Ctrl-C finishes the current contribution, a second one stops at once."""
@@ -82,7 +89,10 @@ def join(
             device=device,
             threads=threads,
             cheat=cheat,
+            audits=audit,
             faults=tuple(fault or ()),
+            listen=listen,
+            client_only=client_only,
         )
     )
 
@@ -91,8 +101,8 @@ def join(
 def demo(
     nodes: Annotated[int, typer.Option(min=1, max=32, help="Volunteer processes.")] = 3,
     rounds: Annotated[int, typer.Option(min=1, max=1000, help="Rounds to train.")] = 6,
-    cheaters: Annotated[int, typer.Option(min=0, max=8, help="Further volunteers that send made-up work.")] = 0,
-    cheat: Annotated[Cheat, typer.Option(help="What cheaters do.")] = Cheat.MADE_UP,
+    cheaters: Annotated[int, typer.Option(min=0, max=8, help="Further volunteers, who cheat.")] = 0,
+    cheat: Annotated[Kind, typer.Option(help="What cheaters do.")] = Kind.MADE_UP,
     numerics: Annotated[
         Numerics, typer.Option(help="exact: training gives the same bits on any machine.")
     ] = Numerics.NATIVE,
@@ -128,6 +138,49 @@ def demo(
     )
 
 
+@verify_app.command("run")
+def verify_run(
+    url: Annotated[str, typer.Argument(help="The coordinator's address.")],
+    round: Annotated[int | None, typer.Option(min=0, help="Replay this round's contributions.")] = None,
+    slot: Annotated[int | None, typer.Option(min=0, help="Only this slot of the round.")] = None,
+    sample: Annotated[int, typer.Option(min=1, max=10_000, help="Without --round: how many, drawn at random.")] = 3,
+    device: Annotated[Device, typer.Option(help="What to replay on.")] = Device.CPU,
+    threads: Annotated[int | None, typer.Option(min=1, max=1024, help="CPU threads.", show_default="1")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="End with one JSON object on stdout.")] = False,
+) -> None:
+    """Replay published contributions whole, from the public checkpoint. Exit code 0 only if all of them hold."""
+    from swarm_node import verifying
+
+    options = verifying.options(url, round, slot, sample, device, threads, as_json=as_json)
+    raise typer.Exit(verifying.verify(options))
+
+
+@verify_app.command("trace")
+def verify_trace(
+    url: Annotated[str, typer.Argument(help="The coordinator's address.")],
+    round: Annotated[int, typer.Option(min=0)],
+    slot: Annotated[int, typer.Option(min=0)],
+    out: Annotated[Path, typer.Option(help="The file to write.")],
+    device: Annotated[Device, typer.Option(help="What to compute on.")] = Device.CPU,
+    threads: Annotated[int | None, typer.Option(min=1, max=1024, help="CPU threads.", show_default="1")] = None,
+) -> None:
+    """Replay one contribution of an exact run and write every operator's result to a file, for `verify bisect`."""
+    from swarm_node import verifying
+
+    verifying.write_trace(verifying.options(url, round, slot, 1, device, threads, as_json=False), out)
+
+
+@verify_app.command("bisect")
+def verify_bisect(
+    a: Annotated[Path, typer.Argument(exists=True, help="A trace made by `verify trace`.")],
+    b: Annotated[Path, typer.Argument(exists=True, help="Another one of the same contribution.")],
+) -> None:
+    """Find the first segment, step, layer and operator in which two traces differ. Exit code 0 where they agree."""
+    from swarm_node import verifying
+
+    raise typer.Exit(verifying.bisect(a, b))
+
+
 @app.command()
 def version() -> None:
     """Print the version of the software and of the protocol."""
@@ -136,6 +189,7 @@ def version() -> None:
 
 def main() -> None:
     """The console script: errors that we raise on purpose become one clear message and an exit code."""
+    processes.wait_politely()
     try:
         app()
     except SwarmError as error:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,37 +24,43 @@ from swarm_protocol.records import Commitment, RoundPlan
 from swarm_protocol.spec import RunSpec
 from swarm_protocol.training import TrainState
 
+Float32 = npt.NDArray[np.float32]
 Train = Callable[[RunSpec, RoundPlan, int, Checkpoint, Dataset, "Progress"], "Trained"]
+Encode = Callable[[RunSpec, Float32, Float32], list[bytes]]
+"""`parts.encode_parts`, or what a cheater sends in its place."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How training reports, and how it is stopped."""
+    """How training reports, and how it is stopped. `segment_end` takes the state at the end of each segment, in order.
+
+    `folder` is where the round's work is kept, if it is.
+    """
 
     step: Callable[[int, float], None]
     cancelled: Callable[[], bool]
     device: str = "cpu"
+    segment_end: Callable[[TrainState], None] = lambda _: None
+    folder: Path | None = None
 
 
 @dataclass(frozen=True)
 class Trained:
-    """The state after a slot's inner steps, the state roots at its segment ends, and the mean training loss."""
+    """The state after a slot's inner steps, and the mean training loss."""
 
     final: TrainState
-    state_roots: tuple[bytes, ...]
     loss: float
 
 
 @dataclass(frozen=True)
 class Contribution:
-    """A finished contribution as it lies on disk."""
+    """A finished contribution as it lies on disk. `states` are the chunk hashes of the state at each segment end."""
 
     plan_hash: bytes
     slot: int
     nonce: bytes
     loss: float
-    state_roots: tuple[bytes, ...]
-    final_manifest: chunks.StateManifest
+    states: tuple[chunks.StateManifest, ...]
     part_hashes: tuple[bytes, ...]
     folder: Path
 
@@ -63,9 +69,13 @@ class Contribution:
         return parts.parts_root(self.part_hashes)
 
     @property
-    def state_path(self) -> Path:
-        """The final state: parameters || moments || step."""
-        return self.folder / "final.state"
+    def state_roots(self) -> tuple[bytes, ...]:
+        """What the trace root is made of."""
+        return tuple(state.root for state in self.states)
+
+    def state_path(self, segment: int) -> Path:
+        """The state at the end of a segment: parameters || moments || step. It is kept for as long as it may be asked for."""
+        return _state_path(self.folder, segment)
 
     def part_path(self, part: int) -> Path:
         return self.folder / f"part-{part}"
@@ -111,13 +121,12 @@ def train(
         progress.step(step, loss)
 
     state = TrainState.initial(spec, checkpoint.parameters)
-    roots: list[bytes] = []
-    for _, stop in training.segments(spec, plan.roster[slot].steps):
+    for _, stop in spec.segments(plan.roster[slot].steps):
         state = training.run_segment(
             spec, state, batch, stop, device=progress.device, on_step=on_step, cancelled=progress.cancelled
         )
-        roots.append(state.manifest().root)
-    return Trained(state, tuple(roots), sum(losses) / len(losses))
+        progress.segment_end(state)
+    return Trained(state, sum(losses) / len(losses))
 
 
 def make(
@@ -129,21 +138,26 @@ def make(
     folder: Path,
     progress: Progress,
     how: Train = train,
+    encode: Encode = parts.encode_parts,
 ) -> Contribution:
     """Train, encode, and write everything to `folder`. Blocking; run it in a thread."""
-    trained = how(spec, plan, slot, checkpoint, dataset, progress)
-    encoded = parts.encode_parts(spec, checkpoint.parameters, trained.final.parameters)
+    states: list[chunks.StateManifest] = []
+
+    def keep(state: TrainState) -> None:
+        write_atomic(_state_path(folder, len(states)), *state.buffers())
+        states.append(state.manifest())
+
+    trained = how(spec, plan, slot, checkpoint, dataset, replace(progress, segment_end=keep, folder=folder))
+    encoded = encode(spec, checkpoint.parameters, trained.final.parameters)
     contribution = Contribution(
         plan_hash=plan.hash,
         slot=slot,
         nonce=secrets.token_bytes(32),
         loss=trained.loss,
-        state_roots=trained.state_roots,
-        final_manifest=trained.final.manifest(),
+        states=tuple(states),
         part_hashes=tuple(parts.part_hashes(encoded)),
         folder=folder,
     )
-    write_atomic(contribution.state_path, *trained.final.buffers())
     for index, part in enumerate(encoded):
         write_atomic(contribution.part_path(index), part)
     write_atomic(folder / "contribution.cbor", encoding.encode(_fields(contribution)))
@@ -162,8 +176,10 @@ def load(spec: RunSpec, folder: Path, plan_hash: bytes | None = None) -> Contrib
             slot=fields["slot"],
             nonce=fields["nonce"],
             loss=fields["loss"],
-            state_roots=_hashes(fields["state_roots"]),
-            final_manifest=chunks.StateManifest.decode(fields["final"], max_size_bytes=training.size_bytes(spec)),
+            states=tuple(
+                chunks.StateManifest.decode(state, max_size_bytes=training.size_bytes(spec))
+                for state in fields["states"]
+            ),
             part_hashes=_hashes(fields["parts"]),
             folder=folder,
         )
@@ -178,10 +194,13 @@ def _fields(contribution: Contribution) -> dict[str, encoding.Value]:
         "slot": contribution.slot,
         "nonce": contribution.nonce,
         "loss": contribution.loss,
-        "state_roots": b"".join(contribution.state_roots),
-        "final": contribution.final_manifest.encode(),
+        "states": [state.encode() for state in contribution.states],
         "parts": b"".join(contribution.part_hashes),
     }
+
+
+def _state_path(folder: Path, segment: int) -> Path:
+    return folder / f"state-{segment}"
 
 
 def _hashes(joined: bytes) -> tuple[bytes, ...]:

@@ -21,6 +21,7 @@ from typing import Any
 
 from rich.console import Console
 
+from swarm_node.cheats import Kind
 from swarm_node.demo_screen import Screen, show_result
 from swarm_node.swarm import Child, Swarm
 from swarm_protocol.client import CoordinatorClient, persist
@@ -105,10 +106,10 @@ def run(options: Options) -> int:
     if options.as_json:
         sys.stdout.write(json.dumps(result) + "\n")
         sys.stdout.flush()
-    return 0 if holds(result, options.cheaters) else 1
+    return 0 if holds(result, options) else 1
 
 
-def holds(result: dict[str, Any], cheaters: int) -> bool:
+def holds(result: dict[str, Any], options: Options) -> bool:
     """Whether the swarm did what it promises."""
     losses, rejected = result["val_loss"], {entry["node"] for entry in result["rejected"]}
     return (
@@ -116,8 +117,14 @@ def holds(result: dict[str, Any], cheaters: int) -> bool:
         and len(losses) == result["rounds"] + 1
         and losses[-1] < losses[0]
         and all(name.startswith("cheater-") for name in rejected)
-        and len(rejected) == cheaters
+        and len(rejected) == (0 if tolerated(options) else options.cheaters)
     )
+
+
+def tolerated(options: Options) -> bool:
+    """Whether what the cheaters do gets nobody rejected: showing no evidence, or where none is needed, false evidence."""
+    harmless = {Kind.REFUSES_EVIDENCE} | ({Kind.FORGED_EVIDENCE} if options.numerics == "exact" else set())
+    return options.cheat in harmless
 
 
 async def _run(demo: _Demo) -> dict[str, Any]:
@@ -150,6 +157,7 @@ async def _run(demo: _Demo) -> dict[str, Any]:
                 for entry in status["rejected"]
             ],
             "missing_parts": sum(entry["missing_parts"] for entry in status["history"]),
+            "exchange": {name: _node_status(demo, name).get("exchange", {}) for name in demo.nodes},
             "bytes_sent": {name: _node_status(demo, name)["bytes_sent"] for name in demo.nodes},
             "wall_s": round(time.monotonic() - demo.started, 1),
         }
@@ -265,8 +273,8 @@ open_s = 10.0
 keep_rounds = 16
 
 [audit]
-probation = 1
-rate = 0.25
+probation = {4 if options.cheaters else 1}
+floor = 0.25
 """
 
 

@@ -2,13 +2,15 @@
 
 trace {round}    the state roots behind the trace root of our commitment
 state {root}     the chunk hashes behind a state root
-get   {hash}     a chunk of a state, an encoded part (ours, or one that we reduced), or an average of a round
+get   {hash}     a chunk of a state, an encoded part (ours, or one that we reduced), an average or sketches of a round;
+              an average that we made comes with our part record, in the answer's header as `record`
 """
 
 from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from swarm_protocol.calls import Answer, Call, Handler
 from swarm_protocol.chunks import CHUNK_BYTES, StateManifest
 from swarm_protocol.errors import RefusedError
 from swarm_protocol.files import write_atomic
+from swarm_protocol.records import Envelope, PartRecord
 from swarm_protocol.spec import RunSpec
 
 HELD_BYTES = 16 << 20
@@ -54,6 +57,7 @@ class Evidence:
         self._pieces: dict[int, dict[bytes, _Piece]] = {}
         self._states: dict[int, dict[bytes, StateManifest]] = {}
         self._traces: dict[int, tuple[bytes, ...]] = {}
+        self._vouched: dict[int, dict[bytes, bytes]] = {}
 
     @property
     def handlers(self) -> dict[str, Handler]:
@@ -66,18 +70,21 @@ class Evidence:
             contribution = load(spec, work)
             if contribution is not None:
                 self.add(round_number, contribution)
-            for path in [*work.glob("average-*"), *work.glob("input-*")]:
+            for path in [*work.glob("average-*"), *work.glob("input-*"), *work.glob("sketches-*")]:
                 self.add_piece(round_number, bytes.fromhex(path.name.rsplit("-", 1)[1]), path)
 
     def add(self, round_number: int, contribution: Contribution) -> None:
         pieces = self._pieces.setdefault(round_number, {})
-        manifest = contribution.final_manifest
-        for index, digest in enumerate(manifest.hashes):
-            pieces[digest] = _Piece(contribution.state_path, index * CHUNK_BYTES, manifest.chunk_size(index))
+        states = self._states.setdefault(round_number, {})
+        for segment, manifest in enumerate(contribution.states):
+            path = contribution.state_path(segment)
+            if path.exists():
+                for index, digest in enumerate(manifest.hashes):
+                    pieces[digest] = _Piece(path, index * CHUNK_BYTES, manifest.chunk_size(index))
+                states[manifest.root] = manifest
         for part, digest in enumerate(contribution.part_hashes):
             path = contribution.part_path(part)
             pieces[digest] = _Piece(path, 0, path.stat().st_size)
-        self._states.setdefault(round_number, {})[manifest.root] = manifest
         self._traces[round_number] = contribution.state_roots
 
     def add_piece(self, round_number: int, digest: bytes, path: Path) -> None:
@@ -93,6 +100,10 @@ class Evidence:
             write_atomic(path, data, durable=False)
         piece = _Piece(path, 0, len(data), data if room else None)
         self._pieces.setdefault(round_number, {})[digest] = piece
+
+    def vouch(self, record: PartRecord, envelope: Envelope) -> None:
+        """Serve the average that our record names together with the record."""
+        self._vouched.setdefault(record.round, {})[record.result] = envelope.encode()
 
     def write(self) -> None:
         """Write to disk whatever is in memory only. Blocking."""
@@ -111,12 +122,19 @@ class Evidence:
                 return pieces[digest].read()
         return None
 
-    def prune(self, before: int) -> None:
-        """Forget rounds older than `before`."""
+    def narrow(self, round_number: int, contribution: Contribution, segments: Collection[int]) -> None:
+        """Once it is known what an audit will ask for: delete the states at the ends of all other segments. Blocking."""
+        for segment, manifest in enumerate(contribution.states):
+            if segment not in segments:
+                self._states.get(round_number, {}).pop(manifest.root, None)
+                contribution.state_path(segment).unlink(missing_ok=True)
+
+    def forget(self, rounds: Iterable[int]) -> None:
+        """Serve nothing of these rounds any more."""
         self.write()
-        for index in (self._pieces, self._states, self._traces):
-            for round_number in [number for number in index if number < before]:
-                del index[round_number]
+        for round_number in rounds:
+            for index in (self._pieces, self._states, self._traces, self._vouched):
+                index.pop(round_number, None)
 
     async def _trace(self, call: Call) -> Answer:
         roots = self._traces.get(int(call.header["round"]))
@@ -139,4 +157,12 @@ class Evidence:
             raise RefusedError("it is no longer kept here") from error
         if data is None:
             raise RefusedError("nothing of that hash is kept here")
-        return Answer(body=self._faults.tamper(Point.SERVING, max(self._pieces), data))
+        records = [vouched[digest] for vouched in self._vouched.values() if digest in vouched]
+        header = {"record": records[-1]} if records else {}
+        if self._is_average(digest):
+            data = self._faults.tamper(Point.SERVING, max(self._pieces), data)
+        return Answer(header, data)
+
+    def _is_average(self, digest: bytes) -> bool:
+        found = [pieces[digest] for pieces in self._pieces.values() if digest in pieces]
+        return any(piece.path.name.startswith("average-") for piece in found)

@@ -2,7 +2,10 @@
 
 A fault is ACTION:POINT:ROUND, for example `kill:receiving:1`. It happens once, at the first time that this point comes in
 that round. `kill` and `freeze` stop this process (SIGKILL, SIGSTOP); `slow` lets it wait at the point, every time;
-`garbage` at `delivering` sends noise in place of parts, and at `serving` in place of averages.
+`garbage` at `sketching` signs noise in place of sketches, at `delivering` sends it in place of parts, and at `serving`
+in place of averages. Reducers lie as well: `equivocate` at `serving` gives peers other bytes with a second signed record, at
+`published` hands a second record to the coordinator; `misreport` at `reducing` averages fewer slots than its record says,
+`leave-out` does without a slot that has its receipt.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from swarm_protocol.errors import ConfigurationError
+from swarm_protocol.identity import Identity
+from swarm_protocol.records import Envelope, PartRecord
 
 SLOW_S = 60.0
 
@@ -22,6 +27,7 @@ class Point(StrEnum):
     """Where in a round: in the order in which they come."""
 
     OPENING = "opening"
+    SKETCHING = "sketching"
     DELIVERING = "delivering"
     RECEIVING = "receiving"
     REDUCING = "reducing"
@@ -34,6 +40,9 @@ class Action(StrEnum):
     FREEZE = "freeze"
     SLOW = "slow"
     GARBAGE = "garbage"
+    EQUIVOCATE = "equivocate"
+    MISREPORT = "misreport"
+    LEAVE_OUT = "leave-out"
 
 
 @dataclass(frozen=True)
@@ -72,11 +81,39 @@ class Faults:
 
     def tamper(self, point: Point, round_number: int, content: bytes | bytearray) -> bytes | bytearray:
         """What is sent in place of `content`."""
-        garbage = any(fault.action is Action.GARBAGE for fault in self._here(point, round_number))
-        return bytes(byte ^ 0x5A for byte in content) if garbage else content
+        lies = self._does(Action.GARBAGE, point, round_number) or self._does(Action.EQUIVOCATE, point, round_number)
+        return bytes(byte ^ 0x5A for byte in content) if lies else content
+
+    def vouched(self, envelope: Envelope, record: PartRecord, identity: Identity) -> Envelope:
+        """The record with which our average is served."""
+        return _other(record, identity) if self._does(Action.EQUIVOCATE, Point.SERVING, record.round) else envelope
+
+    def published(self, record: PartRecord, identity: Identity) -> list[Envelope]:
+        """What is published beside our record of a part."""
+        return [_other(record, identity)] if self._does(Action.EQUIVOCATE, Point.PUBLISHED, record.round) else []
+
+    def averaged(
+        self, round_number: int, inputs: dict[int, bytes], own: int | None
+    ) -> tuple[dict[int, bytes], list[int]]:
+        """The inputs that are averaged, of these by slot, and the slots that the record claims."""
+        fewer = dict(inputs)
+        others = [slot for slot in inputs if slot != own]
+        if others and len(inputs) > 1:
+            del fewer[others[0]]
+        if self._does(Action.LEAVE_OUT, Point.REDUCING, round_number):
+            return fewer, list(fewer)
+        return (fewer if self._does(Action.MISREPORT, Point.REDUCING, round_number) else inputs), list(inputs)
+
+    def _does(self, action: Action, point: Point, round_number: int) -> bool:
+        return any(fault.action is action for fault in self._here(point, round_number))
 
     def _here(self, point: Point, round_number: int) -> list[Fault]:
         return [fault for fault in self.planned if (fault.point, fault.round) == (point, round_number)]
+
+
+def _other(record: PartRecord, identity: Identity) -> Envelope:
+    """A second record of the same part, signed past the ledger."""
+    return Envelope.sign(identity, PartRecord(**{**record.model_dump(), "result": bytes(32)}))
 
 
 NONE = Faults()

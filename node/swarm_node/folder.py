@@ -17,6 +17,7 @@ import fcntl
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -96,15 +97,35 @@ class RunFolder:
         folder.mkdir(exist_ok=True)
         return folder
 
+    def require_room(self, state_bytes: int) -> None:
+        """Check that what a run asks a node to keep fits on this disk.
+
+        That is: the states of two rounds at every segment end, of `state_bytes` each; our parts and those that we reduce for
+        `keep_rounds`; two checkpoints.
+
+        Raises:
+            ConfigurationError: it does not, and how much it is.
+        """
+        spec = self._spec
+        states = 2 * len(spec.segments(spec.training.steps)) * state_bytes
+        parts = 2 * (spec.rounds.keep_rounds + 1) * 4 * spec.model.num_parameters
+        needed = states + parts + 2 * 8 * spec.model.num_parameters
+        held = sum(path.stat().st_size for path in self.root.rglob("*") if path.is_file())
+        free = shutil.disk_usage(self.root).free
+        if needed > held + free:
+            raise ConfigurationError(
+                f"this run keeps up to {needed / 1e9:.1f} GB of evidence in {self.root}, where {free / 1e9:.1f} GB are free;"
+                " make room, or choose another disk with --data-dir"
+            )
+
     def rounds(self) -> list[int]:
         """Rounds of which something is kept, newest first."""
         return newest((path.name for path in self.root.iterdir()), "round-")
 
-    def prune(self, before: int) -> None:
-        """Forget rounds older than `before`."""
-        for number in self.rounds():
-            if number < before:
-                shutil.rmtree(self.root / f"round-{number}")
+    def forget(self, rounds: Iterable[int]) -> None:
+        """Delete everything of these rounds."""
+        for number in rounds:
+            shutil.rmtree(self.root / f"round-{number}", ignore_errors=True)
 
     def save_checkpoint(self, checkpoint: Checkpoint) -> None:
         # The state first, under its own name: a crash before the pointer moves leaves the older pair whole.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
+import ipaddress
 import logging
 import os
 import platform
@@ -14,6 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from swarm_node.faults import Fault, Faults
 from swarm_node.folder import DataFolder
@@ -36,7 +39,10 @@ class Options:
     device: str
     threads: int | None
     cheat: str | None
+    audits: bool = False
     faults: tuple[str, ...] = ()
+    listen: str | None = None
+    client_only: bool = False
 
 
 def join(options: Options) -> None:
@@ -73,16 +79,23 @@ async def _join(options: Options, folder: DataFolder, ledger: SigningLedger, fau
         bootstrap = await _bootstrap(client)
 
         # torch and hivemind are slow to import; by now it is worth it. The daemon comes first: hivemind forks.
-        from swarm_node import cheats
+        from swarm_node.cheats import kinds
         from swarm_node.volunteer import Volunteer
         from swarm_protocol import training
         from swarm_protocol.peers import PeerPlane
 
+        folder.run(client.spec).require_room(training.size_bytes(client.spec))
         device = choose_device(options.device)
         threads = options.threads or len(os.sched_getaffinity(0))
         training.configure(threads)
         plane = await persist(
-            lambda: PeerPlane.start(folder.identity, client.spec.run_id, initial_peers=bootstrap),
+            lambda: PeerPlane.start(
+                folder.identity,
+                client.spec.run_id,
+                initial_peers=bootstrap,
+                listen=[multiaddr(options.listen or default_listen(client.url))],
+                client_only=options.client_only,
+            ),
             deadline_s=START_PATIENCE_S,
             waiting=waiting,
         )
@@ -96,8 +109,9 @@ async def _join(options: Options, folder: DataFolder, ledger: SigningLedger, fau
                 device=device,
                 threads=threads,
                 say=say,
-                how=cheats.kind(options.cheat),
+                conduct=kinds.conduct(options.cheat),
                 faults=faults,
+                audits=options.audits,
             )
             gc.freeze()  # what was imported stays; collecting it over and over costs as much as an exchange
             await _until_stopped(volunteer.run, volunteer.finish)
@@ -171,6 +185,28 @@ def _key(text: str) -> str:
         return public_key_of(text).hex()
     except InvalidDataError as error:
         raise ConfigurationError(f"--trust takes a key in hex or a PeerID: {error}") from error
+
+
+def default_listen(url: str) -> str:
+    """Where to listen if nothing was said: all of this machine's addresses, or only its own if the run is on it."""
+    host = urlsplit(url).hostname or ""
+    with contextlib.suppress(ValueError):
+        if ipaddress.ip_address(host).is_loopback:
+            return "127.0.0.1"
+    return "127.0.0.1" if host == "localhost" else "0.0.0.0"  # noqa: S104  # volunteers reach each other there
+
+
+def multiaddr(host: str) -> str:
+    """The multiaddress on which to listen at an IP address, on any free port.
+
+    Raises:
+        ConfigurationError: it is not an IP address.
+    """
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError as error:
+        raise ConfigurationError(f"--listen takes an IP address of this machine, or 0.0.0.0: {error}") from error
+    return f"/ip{address.version}/{address}/tcp/0"
 
 
 def choose_device(wanted: str) -> str:

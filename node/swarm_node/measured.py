@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from swarm_protocol.calls import Traffic
+from swarm_protocol.calls import Path, Traffic
 from swarm_protocol.identity import peer_id
+
+PLANES: tuple[Path, ...] = ("daemon", "direct")
 
 
 @dataclass
@@ -51,44 +53,71 @@ class Measured:
     reduction: Latency = field(default_factory=Latency)
     fetch: Latency = field(default_factory=Latency)
     waiting: Latency = field(default_factory=Latency)
+    uploaded_bytes: int = 0
+    uploading_s: float = 0.0
     receipts: int = 0
     delivery_retries: int = 0
     deliveries_to_backups: int = 0
     deliveries_refused: int = 0
     fetch_retries: int = 0
     other_bytes: list[str] = field(default_factory=list)
+    equivocations: list[str] = field(default_factory=list)
+    _under_way: int = 0
+    _since: float = 0.0
+
+    @property
+    def upload_bytes_per_s(self) -> int:
+        """How fast parts went out while any were on their way, receivers' checks included; 0 before the first round."""
+        return int(self.uploaded_bytes / self.uploading_s) if self.uploading_s else 0
+
+    @contextmanager
+    def uploading(self, size_bytes: int) -> Iterator[None]:
+        """Time one delivery of a part, unless it raises; several may be under way."""
+        now = time.monotonic()
+        if not self._under_way:
+            self._since = now
+        self._under_way += 1
+        try:
+            with self.delivery.measure():
+                yield
+            self.uploaded_bytes += size_bytes
+        finally:
+            self._under_way -= 1
+            if not self._under_way:
+                self.uploading_s += time.monotonic() - self._since
 
     def served_other_bytes(self, peer: bytes) -> None:
         """Note a peer that answered with other bytes than those of the hash; the last hundred are kept."""
         self.other_bytes = [*self.other_bytes, peer_id(peer)][-100:]
 
-    def describe(self, traffic: Traffic) -> dict[str, Any]:
-        """For JSON: latencies, counts, and bytes by peer and by plane."""
+    def describe(self, traffic: Traffic, control: Traffic) -> dict[str, Any]:
+        """For JSON: latencies, counts, and bytes by plane and by peer; `control` is what the coordinator's client counts."""
         return {
             **{name: getattr(self, name).describe() for name in ("delivery", "reduction", "fetch", "waiting")},
+            "upload_bytes_per_s": self.upload_bytes_per_s,
             "receipts": self.receipts,
             "delivery_retries": self.delivery_retries,
             "deliveries_to_backups": self.deliveries_to_backups,
             "deliveries_refused": self.deliveries_refused,
             "fetch_retries": self.fetch_retries,
             "other_bytes": self.other_bytes,
+            "equivocations": self.equivocations,
             "bytes": {
-                plane: {
-                    "sent": sum(sent for (_, path), (sent, _) in traffic.by_peer.items() if path == plane),
-                    "received": sum(received for (_, path), (_, received) in traffic.by_peer.items() if path == plane),
-                }
-                for plane in ("daemon", "direct")
+                **{
+                    plane: _sums(entry for (_, path), entry in traffic.by_peer.items() if path == plane)
+                    for plane in PLANES
+                },
+                "control": {"sent": control.sent, "received": control.received},
             },
             "bytes_by_peer": {
-                peer: {"sent": sent, "received": received}
-                for peer, (sent, received) in sorted(_by_peer(traffic).items())
+                peer_id(peer): {
+                    plane: _sums([traffic.by_peer[peer, plane]]) for plane in PLANES if (peer, plane) in traffic.by_peer
+                }
+                for peer in sorted({peer for peer, _ in traffic.by_peer}, key=peer_id)
             },
         }
 
 
-def _by_peer(traffic: Traffic) -> dict[str, tuple[int, int]]:
-    sums: dict[str, tuple[int, int]] = {}
-    for (peer, _), (sent, received) in traffic.by_peer.items():
-        before = sums.get(peer_id(peer), (0, 0))
-        sums[peer_id(peer)] = (before[0] + sent, before[1] + received)
-    return sums
+def _sums(entries: Iterable[list[int]]) -> dict[str, int]:
+    listed = list(entries)
+    return {"sent": sum(sent for sent, _ in listed), "received": sum(received for _, received in listed)}

@@ -6,6 +6,9 @@ that a reducer can be audited, and on disk beyond what `Evidence` holds, so that
 once every committed slot is in, or with what is there when our share of the exchange time is over. Whoever has a receipt
 is in it, or it is not published: a receipt comes after its input is counted; after a crash a part is published only if
 all inputs that have a receipt were on disk.
+
+In a round that needs sketches a part comes with the signed sketch of it, which is recomputed (`claims`), and the average is
+of the slots that the round's sketches select (`sketching`): without a selection there is none.
 """
 
 from __future__ import annotations
@@ -14,13 +17,16 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 
+from swarm_node import reduction_evidence
+from swarm_node.claims import Claims, ForgedSketchError, TwoSketchesError
 from swarm_node.evidence import Evidence
 from swarm_node.faults import Faults, Point
 from swarm_node.folder import RunFolder
 from swarm_node.measured import Measured
+from swarm_node.sketching import Sketching
 from swarm_protocol import aggregate, chunks, codec, merkle, parts
 from swarm_protocol.calls import Answer, Bytes, Call
 from swarm_protocol.client import Commitments
@@ -39,13 +45,18 @@ BODIES_AT_ONCE = 4
 REDUCTIONS_AT_ONCE = 2
 
 Publish = Callable[[Envelope, PartRecord], Awaitable[object]]
+Report = Callable[[Envelope], Coroutine[None, None, None]]
 
 
 @dataclass
 class _Inbox:
-    """One part: the hashes of its inputs by slot, the slots whose committed part is not sound, whether it is closed."""
+    """One part: the hashes of its inputs by slot, the slots whose committed part is not sound, whether it is closed.
+
+    `sketches` are the hashes of the Sketches with which inputs came.
+    """
 
     inputs: dict[int, bytes] = field(default_factory=dict)
+    sketches: dict[int, bytes] = field(default_factory=dict)
     unsound: set[int] = field(default_factory=set)
     closed: bool = False
     changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -58,7 +69,8 @@ class UnsoundPartError(RefusedError):
 class Reducer:
     """One node's reducing in one round. `orders[part]` are the keys of that part's reducers.
 
-    `rival(part)` is the number of slots in the best average of a part that others have published so far.
+    `rival(part)` is the number of slots in the best average of a part that others have published so far. `sketching` is
+    there in a round that needs it; `report` hands in what speaks against somebody's sketches.
     """
 
     def __init__(
@@ -75,6 +87,8 @@ class Reducer:
         faults: Faults,
         publish: Publish,
         rival: Callable[[int], int],
+        report: Report,
+        sketching: Sketching | None = None,
     ) -> None:
         self._spec = spec
         self._plan = plan
@@ -88,6 +102,10 @@ class Reducer:
         self._faults = faults
         self._publish = publish
         self._rival = rival
+        self._report = report
+        self._sketching = sketching
+        self._claims = Claims(spec, plan, commitments, ledger)
+        self._reports: set[asyncio.Task[None]] = set()
         self._started = time.monotonic()
         self._doors = asyncio.Semaphore(BODIES_AT_ONCE)
         self._benches = asyncio.Semaphore(REDUCTIONS_AT_ONCE)
@@ -108,9 +126,10 @@ class Reducer:
 
     async def stop(self) -> None:
         """End all reducing."""
-        for task in self.tasks.values():
+        tasks = [*self.tasks.values(), *self._reports]
+        for task in tasks:
             task.cancel()
-        for outcome in await asyncio.gather(*self.tasks.values(), return_exceptions=True):
+        for outcome in await asyncio.gather(*tasks, return_exceptions=True):
             if isinstance(outcome, Exception):
                 log.warning("a part of round %d could not be reduced: %s", self._plan.round, outcome)
 
@@ -136,19 +155,38 @@ class Reducer:
         proof = call.header["proof"]
         if not isinstance(proof, list) or not all(isinstance(step, bytes) for step in proof):
             raise RefusedError("a proof is a list of digests")
+        claim = None
+        if self._sketching is not None:
+            try:
+                claim = self._claims.read(call.header, part, slot)
+            except TwoSketchesError as error:
+                self._hand_in(*error.both)
+                raise
         inbox = self._inbox(part)
         if inbox.closed:
             raise RefusedError("this part is closed")
+        if slot in inbox.unsound:
+            raise RefusedError("this part was refused before")
         await self._faults.at(Point.RECEIVING, self._plan.round)
 
         def keep(encoded: Bytes) -> bytes:
             digest = chunks.content_hash(encoded)
             if merkle.root_from_proof(digest, part, len(self._orders), proof) != commitment.parts_root:
                 raise RefusedError("the part is not the one that was committed to")
-            self._require_sound(part, encoded)
+            if claim is not None:
+                try:
+                    self._claims.require_true(claim, encoded, digest, proof)
+                except ForgedSketchError as error:
+                    if error.objection is not None:
+                        refused = self._folder.work(self._plan.round) / f"refused-{part}-{slot}-{digest.hex()}"
+                        self._evidence.keep(self._plan.round, digest, encoded, refused)
+                    raise
+            else:
+                self._require_sound(part, encoded)
             path = self._folder.work(self._plan.round) / f"input-{part}-{slot}-{digest.hex()}"
             if slot not in inbox.inputs:
                 self._evidence.keep(self._plan.round, digest, encoded, path)
+                reduction_evidence.note_input(path.parent, part, slot, digest, proof)
             return digest
 
         try:
@@ -157,7 +195,16 @@ class Reducer:
         except UnsoundPartError:
             self._note_unsound(part, slot)
             raise
-        self._count(part, slot, digest)
+        except ForgedSketchError as error:
+            log.warning(
+                "slot %d signed a sketch of part %d of round %d that is not its own", slot, part, self._plan.round
+            )
+            if error.objection is not None:
+                self._hand_in(error.objection)
+            self._note_unsound(part, slot)
+            raise
+        sketches = None if claim is None else claim.record.hash
+        self._count(part, slot, digest, sketches)
         receipt = PartReceipt(
             run=self._spec.run_id,
             round=self._plan.round,
@@ -166,6 +213,7 @@ class Reducer:
             part=part,
             slot=slot,
             part_hash=digest,
+            sketches=sketches,
         )
         return Answer({"receipt": (await asyncio.to_thread(self._ledger.sign, receipt)).encode()})
 
@@ -194,15 +242,24 @@ class Reducer:
         except InvalidDataError as error:
             raise UnsoundPartError(f"the part is not sound: {error}") from error
 
-    def _count(self, part: int, slot: int, digest: bytes) -> None:
+    def _hand_in(self, *envelopes: Envelope) -> None:
+        """Report to the coordinator, without anybody waiting for it."""
+        for envelope in envelopes:
+            task = asyncio.create_task(self._report(envelope))
+            self._reports.add(task)
+            task.add_done_callback(self._reports.discard)
+
+    def _count(self, part: int, slot: int, digest: bytes, sketches: bytes | None = None) -> None:
         inbox = self._inbox(part)
         if inbox.closed and slot not in inbox.inputs:
             raise RefusedError("this part is closed")
         inbox.inputs[slot] = digest
+        if sketches is not None:
+            inbox.sketches[slot] = sketches
         self._go_on(part, inbox)
 
     def _note_unsound(self, part: int, slot: int) -> None:
-        log.warning("slot %d committed to a part %d of round %d that is not sound", slot, part, self._plan.round)
+        log.warning("slot %d committed to a part %d of round %d that is not taken", slot, part, self._plan.round)
         inbox = self._inbox(part)
         inbox.unsound.add(slot)
         if inbox.inputs:
@@ -230,7 +287,10 @@ class Reducer:
         place = self._place(part)
         assert place is not None
         end = self._started + PARTIAL_SHARES[place] * self._spec.rounds.exchange_s
-        while len(inbox.inputs) + len(inbox.unsound) < len(self._commitments.by_slot):
+        weights = await self._weights(part, end)
+        if weights is None:
+            return
+        while not weights.keys() <= inbox.inputs.keys() | inbox.unsound:
             inbox.changed.clear()
             try:
                 async with asyncio.timeout(max(0.0, end - time.monotonic())):
@@ -238,10 +298,13 @@ class Reducer:
             except TimeoutError:
                 break
         inbox.closed = True
-        if place > 0 and self._rival(part) >= len(inbox.inputs):
+        inputs = {slot: inbox.inputs[slot] for slot in weights if slot in inbox.inputs}
+        if self._sketching is not None:
+            inputs = await asyncio.to_thread(self._as_selected, part, inputs, inbox.sketches)
+            self._claims.forget(part)
+        if not inputs or (place > 0 and self._rival(part) >= len(inputs)):
             return
-        left_out = [slot for slot in self._commitments.by_slot if slot not in inbox.inputs]
-        if any(self._receipted(part, slot) for slot in left_out):
+        if any(self._promised(part, slot) for slot in weights if slot not in inputs):
             log.warning(
                 "part %d of round %d: inputs that we receipted were lost; a backup has it", part, self._plan.round
             )
@@ -250,26 +313,53 @@ class Reducer:
         with self._measured.reduction.measure():
             try:
                 async with self._benches:
-                    envelope, record = await asyncio.to_thread(self._average, part, dict(sorted(inbox.inputs.items())))
+                    envelope, record = await asyncio.to_thread(self._average, part, inputs, weights)
             except InvalidDataError as error:
                 log.warning("part %d of round %d cannot be averaged: %s", part, self._plan.round, error)
                 return
         await self._publish(envelope, record)
         await self._faults.at(Point.PUBLISHED, self._plan.round)
 
-    def _average(self, part: int, inputs: dict[int, bytes]) -> tuple[Envelope, PartRecord]:
+    async def _weights(self, part: int, end: float) -> dict[int, int] | None:
+        """The slots that the average is made of, in slot order with their weights; None if that is not known in time."""
+        if self._sketching is None:
+            return {slot: self._plan.roster[slot].weight for slot in sorted(self._commitments.by_slot)}
+        try:
+            async with asyncio.timeout(max(0.0, end - time.monotonic())):
+                await self._sketching.ready.wait()
+        except TimeoutError:
+            log.warning("part %d of round %d: no selection came in time, so it has no average", part, self._plan.round)
+            self._inbox(part).closed = True
+            return None
+        assert self._sketching.selection is not None
+        return self._sketching.selection.weights
+
+    def _as_selected(self, part: int, inputs: dict[int, bytes], came_with: dict[int, bytes]) -> dict[int, bytes]:
+        """The inputs that are what the sketches that count say: known of those that came with these. Blocking."""
+        assert self._sketching is not None
+        assert self._sketching.selection is not None
+        counted, found = self._sketching.selection.sketches, {}
+        for slot, digest in inputs.items():
+            claimed = self._sketching.claimed(slot, part)
+            if came_with.get(slot) == counted[slot] or self._claims.holds(part, self._input(digest), claimed):
+                found[slot] = digest
+            else:
+                log.error("slot %d: part %d of round %d is not what it was selected by", slot, part, self._plan.round)
+        return found
+
+    def _average(self, part: int, inputs: dict[int, bytes], weights: dict[int, int]) -> tuple[Envelope, PartRecord]:
         """The weighted mean of these inputs: encoded, on disk, signed. Blocking.
 
         Raises:
             InvalidDataError: there is no such mean.
         """
+        inputs, claimed = self._faults.averaged(self._plan.round, inputs, self._plan.slot_of(self._key))
         numel = parts.slices(self._spec)[part].stop - parts.slices(self._spec)[part].start
-        weights = {slot: self._plan.roster[slot].weight for slot in inputs}
-        exchange = self._spec.exchange
-        aggregation = aggregate.start(exchange.aggregator, weights, numel, trim_fraction=exchange.trim_fraction)
+        exchange, shares = self._spec.exchange, {slot: weights[slot] for slot in inputs}
+        aggregation = aggregate.start(exchange.aggregator, shares, numel, trim_fraction=exchange.trim_fraction)
         for slot, mine in inputs.items():
             aggregation.add(slot, parts.decode_part(self._spec, part, self._input(mine)))
-        average = codec.get(self._spec.exchange.codec).encode(aggregation.result())
+        average = codec.get(exchange.codec).encode(aggregation.result())
         digest = chunks.content_hash(average)
         path = self._folder.work(self._plan.round) / f"average-{digest.hex()}"
         write_atomic(path, average, durable=False)  # the record outlives this process, so the average has to
@@ -282,14 +372,18 @@ class Reducer:
             commitment_set=self._commitments.closing.hash,
             result=digest,
             size_bytes=len(average),
-            slots=tuple(inputs),
+            slots=tuple(claimed),
         )
         return self._ledger.sign(record), record
 
-    def _receipted(self, part: int, slot: int) -> bool:
-        """Whether we ever signed a receipt for this part of a slot."""
+    def _promised(self, part: int, slot: int) -> bool:
+        """Whether we ever signed a receipt for this part of a slot, by the sketches that count where any do."""
         number = part * MAX_SLOTS + slot
-        return self._ledger.find(self._spec.run_id, PartReceipt.kind, self._plan.round, number) is not None
+        receipt = self._ledger.find(self._spec.run_id, PartReceipt.kind, self._plan.round, number)
+        if receipt is None or self._sketching is None or self._sketching.selection is None:
+            return receipt is not None
+        named = receipt.open_as(PartReceipt, run=self._spec.run_id).sketches
+        return named == self._sketching.selection.sketches[slot]
 
     def _signed(self, part: int) -> Envelope | None:
         """Our record of this part, if we ever signed one."""

@@ -8,16 +8,18 @@ part is still nowhere to be had later in the exchange, its reducer is taken for 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+from swarm_node import reduction_evidence
 from swarm_node.contribution import Contribution
 from swarm_node.faults import Faults, Point
 from swarm_node.folder import RunFolder
 from swarm_node.measured import Measured
-from swarm_protocol import encoding
+from swarm_node.sketching import OwnSketches
 from swarm_protocol.calls import Header
 from swarm_protocol.errors import InvalidDataError, RefusedError, UnreachableError
 from swarm_protocol.peers import PeerPlane
@@ -37,7 +39,9 @@ TakeOwn = Callable[[int, int], Awaitable[object]]
 
 @dataclass(frozen=True)
 class Sender:
-    """Delivers one contribution. `orders[part]` are the keys of that part's reducers; `take_own` delivers to ourselves."""
+    """Delivers one contribution, in a round that needs them with its sketches. `orders[part]` are the keys of that part's
+    reducers; `take_own` delivers to ourselves.
+    """
 
     spec: RunSpec
     plan: RoundPlan
@@ -48,6 +52,7 @@ class Sender:
     measured: Measured
     faults: Faults
     take_own: TakeOwn
+    sketches: OwnSketches | None = None
 
     async def run(self, wanting: Callable[[], list[int]], stages: list[Callable[[], Awaitable[object]]]) -> None:
         """Deliver everything; then, as each of `stages` comes, deliver what `wanting()` names to the next reducers."""
@@ -70,7 +75,8 @@ class Sender:
         async def deliver(part: int, position: int) -> None:
             candidates = list(enumerate(self.orders[part][:REDUCERS_TRIED]))[position:]
             for place, reducer in candidates:
-                async with gates[reducer], everywhere:
+                own = reducer == self.plane.identity.public_key  # which waits for nobody's network
+                async with gates[reducer], contextlib.nullcontext() if own else everywhere:
                     if reducer in silent:
                         continue
                     try:
@@ -103,8 +109,9 @@ class Sender:
             "part": part,
             "slot": self.mine.slot,
             "proof": list(self.mine.proof(part)),
+            **({} if self.sketches is None else self.sketches.header(part)),
         }
-        with self.measured.delivery.measure():
+        with self.measured.uploading(len(encoded)):
             answer, _ = await self.plane.call(
                 reducer,
                 header,
@@ -126,6 +133,7 @@ class Sender:
         receipt = envelope.open_as(PartReceipt, run=self.spec.run_id, round=self.plan.round, key=reducer)
         if (receipt.part, receipt.slot, receipt.part_hash) != (part, self.mine.slot, self.mine.part_hashes[part]):
             raise InvalidDataError("a receipt for another part")
-        with (self.folder.work(self.plan.round) / "receipts").open("ab") as file:
-            file.write(encoding.encode(raw))  # a sequence of byte strings
+        if receipt.sketches != (None if self.sketches is None else self.sketches.record_hash):
+            raise InvalidDataError("a receipt for other sketches")
+        reduction_evidence.note_receipt(self.folder.work(self.plan.round), part, raw)
         self.measured.receipts += 1

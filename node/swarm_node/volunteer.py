@@ -11,22 +11,25 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
 
 from swarm_node import contribution as contributions
+from swarm_node import reduction_evidence
 from swarm_node.averages import Averages
-from swarm_node.contribution import Contribution, Progress, Train
+from swarm_node.conduct import HONEST, Conduct
+from swarm_node.contribution import Contribution, Progress
 from swarm_node.evidence import Evidence
 from swarm_node.exchange import Exchange, ExchangeDesk
 from swarm_node.faults import NONE, Faults
 from swarm_node.folder import DataFolder, RunFolder
 from swarm_node.measured import Measured
-from swarm_protocol import PROTOCOL_VERSION, __version__, data, fetch
+from swarm_protocol import PROTOCOL_VERSION, __version__, audit, data, fetch
 from swarm_protocol import checkpoint as checkpoints
+from swarm_protocol.auditor import Auditor
 from swarm_protocol.checkpoint import Checkpoint
 from swarm_protocol.client import Commitments, CoordinatorClient, SealedRound, persist
 from swarm_protocol.errors import InvalidDataError, RefusedError, SwarmError, UnreachableError
@@ -40,6 +43,7 @@ log = logging.getLogger(__name__)
 
 PATIENCE_S = 24 * 3600.0
 POLL_S = 15.0
+CANCELLATIONS = 10
 
 T = TypeVar("T")
 
@@ -77,8 +81,9 @@ class Volunteer:
         device: str,
         threads: int,
         say: Callable[[str], None],
-        how: Train = contributions.train,
+        conduct: Conduct = HONEST,
         faults: Faults = NONE,
+        audits: bool = False,
     ) -> None:
         self._client = client
         self._spec = client.spec
@@ -88,7 +93,9 @@ class Volunteer:
         self._plane = plane
         self._device = device
         self._say = say
-        self._how = how
+        self._conduct = conduct
+        self._audits = audits
+        self._threads = threads
         self._key = ledger.identity.public_key
         self._fingerprint = runtime_fingerprint(device, threads)
         self._faults = faults
@@ -117,10 +124,12 @@ class Volunteer:
         """
         self._evidence.restore(self._spec, self._run_folder)
         self._checkpoint = await asyncio.to_thread(self._run_folder.load_checkpoint)
-        await self._plane.serve({**self._evidence.handlers, **self._desk.handlers})
+        evidence = {**self._evidence.handlers, **reduction_evidence.handlers(self._spec, self._run_folder)}
+        await self._plane.serve({**self._conduct.evidence(evidence), **self._desk.handlers})
         await self._register()
         shards = await self._patiently(lambda: fetch.Shards.open(self._client, self._run_folder.shards))
         presence = asyncio.create_task(self._stay_connected())
+        auditing = asyncio.create_task(self._audit()) if self._audits else None
         try:
             while not self._stopping.is_set():
                 finished = (await self._patiently(self._client.status))["phase"] == "finished"
@@ -135,10 +144,8 @@ class Volunteer:
                     await self._take_part(plan, checkpoint, shards)
             await self._serve_out()
         finally:
-            presence.cancel()
-            for task in [*self._background, presence]:
-                task.cancel()
-            await asyncio.gather(presence, *self._background, return_exceptions=True)
+            ending = [task for task in (presence, auditing, *self._background) if task is not None]
+            await _end(ending)
             self._tell("stopped")
 
     # Joining
@@ -175,6 +182,15 @@ class Volunteer:
             except Exception as error:  # noqa: BLE001  # the daemon's own errors; the next turn tries again
                 log.info("the bootstrap peer does not answer: %s", error)
             await asyncio.sleep(min(5.0, self._spec.rounds.presence_s / 3))
+
+    async def _audit(self) -> None:
+        """Audit others' contributions beside our own work, where the run owner has appointed us."""
+        self._say(f"Auditing as well, once the run owner has appointed {self.progress.peer}.")
+        auditor = Auditor(
+            self._client, self._plane, self._ledger, self._run_folder.root,
+            device=self._device, threads=self._threads,
+        )  # fmt: skip
+        await auditor.run()
 
     async def _announce(self, addresses: tuple[str, ...]) -> None:
         def record(sequence: int) -> Addresses:
@@ -219,8 +235,8 @@ class Volunteer:
                         sequence=sequence,
                         base=checkpoint.root,
                         tokens_per_s=self._tokens_per_s,
-                        can_reduce=True,
-                        upload_bytes_per_s=0,
+                        can_reduce=self._plane.reachable,
+                        upload_bytes_per_s=self._measured.upload_bytes_per_s,
                     )
                 )
             except RefusedError as error:
@@ -266,8 +282,9 @@ class Volunteer:
             await asyncio.to_thread(self._evidence.write)
         if mine is not None:
             self._in_background(self._open_nonce(plan, mine))
+            self._in_background(self._keep_what_is_drawn(plan, mine))
         await self._hold(await self._advance(plan, checkpoint, sealed, exchange.averages))
-        self._forget(plan.round)
+        self._in_background(self._forget(plan.round - self._spec.rounds.keep_rounds))
 
     async def _contribute(
         self,
@@ -327,7 +344,8 @@ class Volunteer:
         try:
             mine = await asyncio.to_thread(
                 contributions.make, self._spec, plan, slot, checkpoint, shards.dataset,
-                self._run_folder.work(plan.round), Progress(on_step, stop.is_set, self._device), self._how,
+                self._run_folder.work(plan.round), Progress(on_step, stop.is_set, self._device),
+                self._conduct.train, self._conduct.encode,
             )  # fmt: skip
         except TrainingCancelledError:
             self._say(f"Round {plan.round}: the round closed before our training was done.")
@@ -365,10 +383,26 @@ class Volunteer:
         with contextlib.suppress(RefusedError):  # too late means a certain audit, nothing worse
             await self._sign_and_post(opening)
 
-    def _forget(self, round_number: int) -> None:
-        before = round_number - self._spec.rounds.keep_rounds
-        self._evidence.prune(before)
-        self._run_folder.prune(before)
+    async def _keep_what_is_drawn(self, plan: RoundPlan, mine: Contribution) -> None:
+        """When the audit draw is known, keep the states that an auditor will ask for and delete the others."""
+        while True:
+            if await self._patiently(lambda: self._client.beacon(plan.round, wait_s=POLL_S)) is not None:
+                break
+        seat = (await self._patiently(lambda: self._client.round_detail(plan.round)))["roster"][mine.slot]
+        drawn: list[int] = seat["segments"] or []
+        needed = audit.needed_states(self._spec, plan.roster[mine.slot].steps, drawn) if drawn else ()
+        await asyncio.to_thread(self._evidence.narrow, plan.round, mine, needed)
+
+    async def _forget(self, before: int) -> None:
+        """Delete rounds before this one, unless an auditor still wants their evidence."""
+        old = [number for number in self._run_folder.rounds() if number < before]
+        done = [number for number in old if not await self._wanted(number)]
+        self._evidence.forget(done)
+        self._run_folder.forget(done)
+
+    async def _wanted(self, round_number: int) -> bool:
+        detail = await self._patiently(lambda: self._client.round_detail(round_number))
+        return any(seat["peer"] == self.progress.peer and seat["audit"] == "pending" for seat in detail["roster"])
 
     async def _commitments(self, plan: RoundPlan) -> Commitments:
         while True:
@@ -386,19 +420,20 @@ class Volunteer:
 
     async def _serve_out(self) -> None:
         """Serve evidence until our open audits have their verdict, or the time that the spec gives for evidence is over."""
-        await asyncio.gather(*self._background, return_exceptions=True)
         if self._last_round is None:
             return
         self._tell("serving evidence to auditors")
+        last = self._last_round
         with contextlib.suppress(TimeoutError, SwarmError):
             async with asyncio.timeout(self._spec.audit.evidence_s):
-                while await self._client.beacon(self._last_round, wait_s=POLL_S) is None:
+                await asyncio.gather(*self._background, return_exceptions=True)
+                while await self._patiently(lambda: self._client.beacon(last, wait_s=POLL_S)) is None:
                     pass
                 while await self._audits_pending():  # noqa: ASYNC110  # the event is at the coordinator
                     await asyncio.sleep(0.5)
 
     async def _audits_pending(self) -> bool:
-        nodes = (await self._client.status())["nodes"]
+        nodes = (await self._patiently(self._client.status))["nodes"]
         return any(node["peer"] == self.progress.peer and node["pending_audits"] for node in nodes)
 
     # Small things
@@ -442,5 +477,18 @@ class Volunteer:
         progress.round = progress.round if round is None else round
         progress.loss = progress.loss if loss is None else loss
         progress.bytes_sent, progress.bytes_received = self._plane.traffic.sent, self._plane.traffic.received
-        progress.exchange = self._measured.describe(self._plane.traffic)
+        progress.exchange = self._measured.describe(self._plane.traffic, self._client.traffic)
         self._folder.write_status(progress.__dict__)
+
+
+async def _end(tasks: Sequence[asyncio.Task[None]]) -> None:
+    """Cancel until all have ended. Once is not always enough: `asyncio.wait_for`, which hivemind uses, may swallow it."""
+    pending = set(tasks)
+    for _ in range(CANCELLATIONS):
+        for task in pending:
+            task.cancel()
+        if pending:
+            _, pending = await asyncio.wait(pending, timeout=1.0)
+    if pending:
+        log.warning("%d tasks do not end", len(pending))
+    await asyncio.gather(*(set(tasks) - pending), return_exceptions=True)

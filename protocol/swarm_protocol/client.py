@@ -16,6 +16,7 @@ from typing import Any, Self, TypeVar
 import httpx
 
 from swarm_protocol import encoding
+from swarm_protocol.calls import Traffic
 from swarm_protocol.chunks import CHUNK_BYTES, StateManifest, content_hash
 from swarm_protocol.errors import (
     ConfigurationError,
@@ -28,15 +29,20 @@ from swarm_protocol.errors import (
 from swarm_protocol.parts import part_count
 from swarm_protocol.records import (
     MAX_RECORD_BYTES,
+    Appointment,
     BeaconReveal,
     Commitment,
     CommitmentSet,
     Envelope,
     PartRecord,
+    Role,
     RoundManifest,
     RoundPlan,
+    Sketches,
+    SketchSet,
     decode_list,
 )
+from swarm_protocol.sketching import require_for
 from swarm_protocol.spec import MAX_SPEC_BYTES, RunSpec
 
 log = logging.getLogger(__name__)
@@ -59,6 +65,14 @@ class Commitments:
         self.by_slot = by_slot
 
 
+class CountedSketches:
+    """A round's signed sketch set and the Sketches that count by it, by slot."""
+
+    def __init__(self, closing: SketchSet, by_slot: dict[int, Sketches]) -> None:
+        self.closing = closing
+        self.by_slot = by_slot
+
+
 class SealedRound:
     """A round's manifest and the part records that it names, by their hash, with their reducers' keys."""
 
@@ -68,7 +82,10 @@ class SealedRound:
 
 
 class CoordinatorClient:
-    """One run at one coordinator. Make it with `connect`; close it, or use it as a context."""
+    """One run at one coordinator. Make it with `connect`; close it, or use it as a context.
+
+    `traffic` counts the bodies of requests and answers, without HTTP's own.
+    """
 
     def __init__(self, http: httpx.AsyncClient, url: str, spec: RunSpec, token: str | None) -> None:
         self.url = url
@@ -77,6 +94,7 @@ class CoordinatorClient:
         self._token = token
         self._base = f"{url}/v1/runs/{spec.run_id.hex()}"
         self._owner = bytes.fromhex(spec.coordinator)
+        self.traffic = Traffic()
 
     @classmethod
     async def connect(cls, url: str, *, token: str | None = None, timeout_s: float = TIMEOUT_S) -> CoordinatorClient:
@@ -176,6 +194,38 @@ class CoordinatorClient:
         raw = await self._poll(f"/rounds/{round_number}/part-records", wait_s, MAX_LIST_BYTES, after=after)
         return None if raw is None else decode_list(raw, max_bytes=MAX_LIST_BYTES)
 
+    async def sketch_records(self, round_number: int, *, after: int = 0, wait_s: float = 0.0) -> list[Envelope] | None:
+        """The Sketches and SketchObjections of a round after the first `after`, as they came in; None if none comes."""
+        raw = await self._poll(f"/rounds/{round_number}/sketches", wait_s, MAX_LIST_BYTES, after=after)
+        return None if raw is None else decode_list(raw, max_bytes=MAX_LIST_BYTES)
+
+    async def sketch_set(
+        self, plan: RoundPlan, commitments: Commitments, *, wait_s: float = 0.0
+    ) -> CountedSketches | None:
+        """Which sketches count in a round, by its appointed checkpoint worker; each signed by its slot's holder."""
+        raw = await self._poll(f"/rounds/{plan.round}/sketch-set", wait_s, MAX_LIST_BYTES)
+        if raw is None:
+            return None
+        office, *rest = _not_empty(raw)
+        appointment = office.open_as(Appointment, run=self.spec.run_id, key=self._owner)
+        if appointment.role is not Role.CHECKPOINT_WORKER or not rest:
+            raise InvalidDataError("a sketch set comes after the appointment of the checkpoint worker")
+        closing = rest[0].open_as(SketchSet, run=self.spec.run_id, round=plan.round, key=appointment.key)
+        named, envelopes = closing.counted, rest[1:]
+        if closing.commitment_set != commitments.closing.hash or len(named) != len(envelopes):
+            raise InvalidDataError("the sketch set does not belong to the commitment set")
+        by_slot: dict[int, Sketches] = {}
+        for entry, envelope in zip(named, envelopes, strict=True):
+            if entry.slot not in commitments.by_slot or entry.slot in by_slot:
+                raise InvalidDataError(f"sketches of slot {entry.slot}, which has not committed, or named twice")
+            holder = plan.roster[entry.slot].peer
+            record = envelope.open_as(Sketches, run=self.spec.run_id, round=plan.round, key=holder)
+            require_for(record, commitments.closing.hash, commitments.by_slot[entry.slot])
+            if record.hash != entry.hash:
+                raise InvalidDataError("sketches that the set does not name")
+            by_slot[entry.slot] = record
+        return CountedSketches(closing, by_slot)
+
     async def sealing(self, round_number: int, *, wait_s: float = 0.0) -> list[bytes | None] | None:
         """Which part records a round will be sealed with, once its exchange is closed."""
         raw = await self._poll(f"/rounds/{round_number}/sealing", wait_s, MAX_LIST_BYTES)
@@ -232,6 +282,13 @@ class CoordinatorClient:
             raise InvalidDataError("the coordinator's status is not an object")
         return status
 
+    async def round_detail(self, round_number: int) -> dict[str, Any]:
+        """A round as JSON (see the API's `RoundDetail`)."""
+        detail = _json(await self._call("GET", f"/rounds/{round_number}", MAX_JSON_BYTES))
+        if not isinstance(detail, dict):
+            raise InvalidDataError("the coordinator's account of a round is not an object")
+        return detail
+
     async def open_audits(self, auditor: bytes, *, wait_s: float = 0.0) -> list[dict[str, Any]]:
         """Audits that this auditor has not given a verdict on."""
         response = await self._call(
@@ -274,7 +331,10 @@ class CoordinatorClient:
         return None if response.status_code == 204 else response.content
 
     async def _call(self, method: str, path: str, max_bytes: int, **options: Any) -> httpx.Response:
-        return await _request(self._http, method, self._base + path, max_bytes, **options)
+        self.traffic.sent += len(options.get("content", b""))
+        answer = await _request(self._http, method, self._base + path, max_bytes, **options)
+        self.traffic.received += len(answer.content)
+        return answer
 
 
 def _not_empty(raw: bytes) -> list[Envelope]:

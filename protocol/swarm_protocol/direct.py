@@ -15,7 +15,7 @@ import socket
 import time
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
 
@@ -43,6 +43,7 @@ CONNECT_S = 3.0
 CALL_S = 120.0
 IDLE_S = 60.0
 LINGER_S = 2.0
+FIRST_RETRY_S = 4.0
 RETRY_S = 60.0
 MAX_ADDRESSES = 8
 
@@ -79,6 +80,7 @@ class DirectPlane:
         self._gates: dict[bytes, asyncio.Semaphore] = {}
         self._addresses: dict[bytes, list[Address]] = {}
         self._asking: dict[bytes, asyncio.Lock] = {}
+        self._avoid_s: dict[bytes, float] = {}
         self._avoid_until: dict[bytes, float] = {}
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="direct")
         self._greeting = ThreadPoolExecutor(8, thread_name_prefix="direct-greeting")
@@ -172,21 +174,22 @@ class DirectPlane:
             if time.monotonic() - channel.idle_since < IDLE_S / 2 and not channel.stale():
                 return channel
             channel.close()
-        loop = asyncio.get_running_loop()
         for address in self._addresses.get(peer, ())[:MAX_ADDRESSES]:
             try:
                 deadline = time.monotonic() + CONNECT_S
-                return await loop.run_in_executor(
-                    self._greeting, dial, address, self._identity, self._run, peer, deadline
-                )
+                channel = await self._greet(partial(dial, address, self._identity, self._run, peer, deadline))
+                self._avoid_s.pop(peer, None)
+                return channel
             except (OSError, EOFError, InvalidDataError) as error:
                 log.debug("no direct connection to %s: %s", address, error)
         self._avoid(peer)
         raise NoDirectPathError("none of its addresses answers")
 
     def _avoid(self, peer: bytes) -> None:
+        """Go over the daemon for a while: short at first, since networks heal."""
         self._addresses.pop(peer, None)
-        self._avoid_until[peer] = time.monotonic() + RETRY_S
+        self._avoid_s[peer] = min(RETRY_S, 2 * self._avoid_s.get(peer, FIRST_RETRY_S / 2))
+        self._avoid_until[peer] = time.monotonic() + self._avoid_s[peer]
 
     # Answering
 
@@ -204,15 +207,15 @@ class DirectPlane:
     async def _serve(self, plain: socket.socket) -> None:
         """Answer one call after another, until either side has had enough."""
         assert self._certificate is not None
-        loop = asyncio.get_running_loop()
+        deadline = time.monotonic() + CONNECT_S
         try:
-            channel = await loop.run_in_executor(
-                self._greeting, accept, plain, self._certificate, self._identity, self._run,
-                time.monotonic() + CONNECT_S,
-            )  # fmt: skip
+            channel = await self._greet(partial(accept, plain, self._certificate, self._identity, self._run, deadline))
         except (OSError, EOFError, InvalidDataError) as error:
             log.debug("a direct connection came to nothing: %s", error)
             return
+        except asyncio.CancelledError:
+            plain.close()
+            raise
         self._callers[channel.peer] += 1
         try:
             if self._callers[channel.peer] > 2 * CHANNELS_PER_PEER:
@@ -252,17 +255,32 @@ class DirectPlane:
             await self._blocking(channel, partial(channel.drain, time.monotonic() + LINGER_S))
         return not unread
 
+    async def _greet(self, shake_hands: Callable[[], Channel]) -> Channel:
+        """A new channel. One that is made when nobody waits for it any more is closed."""
+        running = self._greeting.submit(shake_hands)
+        try:
+            return await asyncio.wrap_future(running)
+        except asyncio.CancelledError:
+            running.add_done_callback(_discard)
+            raise
+
     async def _blocking(self, channel: Channel, work: Callable[[], T]) -> T:
         """Run blocking work on a channel in a thread. Cancelling this breaks the channel, and waits for the thread."""
         running = self._pool.submit(work)
+        outcome = asyncio.wrap_future(running)
         try:
-            return await asyncio.shield(asyncio.wrap_future(running))
+            return await asyncio.shield(outcome)
         except asyncio.CancelledError:
             if not running.cancel() and not running.done():
                 channel.abort()
                 with contextlib.suppress(Exception):
-                    await asyncio.wrap_future(running)
+                    await outcome
             raise
+
+
+def _discard(made: Future[Channel]) -> None:
+    if not made.cancelled() and made.exception() is None:
+        made.result().close()
 
 
 def parse_addresses(value: object) -> list[Address]:

@@ -1,4 +1,4 @@
-"""Who is audited: a hash chain fixed before the run, mixed with what the nodes committed to. Exact domain.
+"""Who is audited, in which segments: a hash chain fixed before the run, and what the nodes committed to. Exact domain.
 
 The chain's end is in the RunSpec; each round reveals the value before the last one revealed, so that nobody can choose it
 after the start. A draw hashes it with the nonces that the nodes opened and with the manifest. Anybody repeats a draw from
@@ -26,13 +26,15 @@ _DRAW = "swarm-node 2026 draw"
 class Drawable:
     """What a draw needs to know of one committed contribution.
 
-    `earlier_contributions` counts the commitments of this identity in the commitment sets of earlier rounds.
+    `tokens` and `segments` are of the contribution as planned. `vouched_tokens` are those of the identity's contributions
+    that audits accepted, by the log prefix that the plan names (`policy.Account`).
     """
 
     slot: int
-    peer: bytes
-    earlier_contributions: int
     nonce_hash: bytes
+    tokens: int
+    segments: int
+    vouched_tokens: int
 
 
 def chain_end(seed: bytes, rounds: int) -> bytes:
@@ -66,12 +68,31 @@ def nonce_hash(nonce: bytes) -> bytes:
     return blake3(nonce, derive_key_context=_NONCE).digest()
 
 
-def drawn(audit: AuditSpec, reveal: BeaconReveal, commitments: Sequence[Drawable]) -> list[int]:
-    """The slots of a round that are audited, ascending.
+def probability(audit: AuditSpec, *, tokens: int, standard_tokens: int, vouched_tokens: int) -> int:
+    """How likely a contribution is audited, in units of 2^-64: certain on probation, then max(floor, 1 / (n - 9)).
 
-    A slot is audited if its identity is on probation, if its nonce was not opened, or if the first 64 bits
-    (little-endian) of `H(value || count || (slot || nonce)... || manifest || slot)` are below `rate * 2^64`; count and slots
-    are u32, little-endian; the nonces are those that fit their commitments, in slot order.
+    n is what audits have vouched for, in whole contributions of `standard_tokens`; 9 is the probation less one. A smaller
+    contribution is drawn in proportion to its tokens.
+    """
+    n = vouched_tokens // standard_tokens
+    if n < audit.probation:
+        return 1 << 64
+    share = max(int(audit.floor * 2**64), (1 << 64) // (n - audit.probation + 1))
+    return min(1 << 64, share * tokens // standard_tokens)
+
+
+def drawn(
+    audit: AuditSpec, standard_tokens: int, reveal: BeaconReveal, commitments: Sequence[Drawable]
+) -> dict[int, tuple[int, ...]]:
+    """The slots of a round that are audited, ascending, each with the segments that are replayed.
+
+    The draw of a slot is `H(value || count || (slot || nonce)... || manifest || slot)`; count and slots are u32,
+    little-endian; the nonces are those that fit their commitments, in slot order. A slot is audited if the draw's first 64
+    bits (little-endian) are below its `probability`, or if its nonce was not opened. On probation, and without a nonce, all
+    segments are replayed, otherwise the one that the second 64 bits name, modulo their number.
+
+    Where that is more than `audit.budget` of the tokens committed to in the round, slots without a nonce come first, then
+    those with the lowest first 64 bits, as many as fit.
     """
     hashes = {entry.slot: entry.nonce_hash for entry in commitments}
     opened = {
@@ -81,15 +102,27 @@ def drawn(audit: AuditSpec, reveal: BeaconReveal, commitments: Sequence[Drawable
     }
     nonces = b"".join(struct.pack("<I", slot) + opened[slot] for slot in sorted(opened))
     prefix = reveal.value + struct.pack("<I", len(opened)) + nonces + reveal.manifest
-    bound = int(audit.rate * 2**64)
-
-    def chosen(entry: Drawable) -> bool:
-        if entry.earlier_contributions < audit.probation or entry.slot not in opened:
-            return True
+    wanted: list[tuple[bool, int, Drawable, tuple[int, ...]]] = []
+    for entry in commitments:
         digest = blake3(prefix + struct.pack("<I", entry.slot), derive_key_context=_DRAW).digest()
-        return int.from_bytes(digest[:8], "little") < bound
-
-    return sorted(entry.slot for entry in commitments if chosen(entry))
+        value, choice = struct.unpack_from("<QQ", digest)
+        likely = probability(
+            audit, tokens=entry.tokens, standard_tokens=standard_tokens, vouched_tokens=entry.vouched_tokens
+        )
+        silent, trusted = entry.slot not in opened, entry.vouched_tokens // standard_tokens >= audit.probation
+        if silent or value < likely:
+            whole = silent or not trusted
+            wanted.append(
+                (not silent, value, entry, tuple(range(entry.segments)) if whole else (choice % entry.segments,))
+            )
+    left = int(audit.budget * sum(entry.tokens for entry in commitments))
+    chosen: dict[int, tuple[int, ...]] = {}
+    for _, _, entry, segments in sorted(wanted, key=lambda one: one[:2]):
+        cost = entry.tokens * len(segments) // entry.segments
+        if cost <= left:
+            left -= cost
+            chosen[entry.slot] = segments
+    return dict(sorted(chosen.items()))
 
 
 def _hashed(value: bytes, times: int) -> bytes:

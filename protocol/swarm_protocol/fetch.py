@@ -11,6 +11,7 @@ from swarm_protocol.client import MAX_CHUNK_BYTES, CoordinatorClient
 from swarm_protocol.data import Dataset, DatasetManifest
 from swarm_protocol.errors import HashMismatchError
 from swarm_protocol.files import write_atomic
+from swarm_protocol.tolerances import MAX_BYTES, Tolerances
 
 PARALLEL = 4
 
@@ -32,6 +33,17 @@ async def checkpoint(client: CoordinatorClient, round_number: int, root: bytes) 
 
     pieces = await asyncio.gather(*(chunk(digest) for digest in manifest.hashes))
     return await asyncio.to_thread(Checkpoint.from_bytes, client.spec, round_number, b"".join(pieces), root)
+
+
+async def tolerances(client: CoordinatorClient) -> Tolerances | None:
+    """The tolerances that the run's spec seals, if it does.
+
+    Raises:
+        UnreachableError, RefusedError
+        InvalidDataError: the file is not what was sealed, or no tolerances.
+    """
+    digest = client.spec.audit.tolerance_file
+    return None if digest is None else Tolerances.decode(await client.chunk(bytes.fromhex(digest), max_bytes=MAX_BYTES))
 
 
 class Shards:

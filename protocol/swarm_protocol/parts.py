@@ -6,7 +6,7 @@ All of it belongs to the exact domain: anybody cuts, encodes and orders alike.
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -15,9 +15,13 @@ from blake3 import blake3
 
 from swarm_protocol import aggregate, chunks, codec, merkle
 from swarm_protocol.errors import InvalidDataError
+from swarm_protocol.records import RoundPlan
 from swarm_protocol.spec import RunSpec
 
 Float32 = npt.NDArray[np.float32]
+
+MAX_TICKETS = 16
+"""Reducers count as this many times faster than others at most, whatever they say that they have measured."""
 
 ALIGNMENT = 256
 """Parts begin at multiples of this many elements, a multiple of every codec's block."""
@@ -120,36 +124,86 @@ def parts_root(hashes: Sequence[bytes]) -> bytes:
     return merkle.root(hashes)
 
 
-def rendezvous(key: bytes, part: int, peers: Sequence[bytes]) -> list[int]:
+def rendezvous(key: bytes, part: int, peers: Sequence[bytes], tickets: Sequence[int] | None = None) -> list[int]:
     """Positions in `peers` in the order in which they are to reduce a part: the first one there is, does.
 
-    Highest `BLAKE3(key || part as u32, little-endian || peer)` first (Thaler and Ravishankar 1998), equals by position.
+    Highest `BLAKE3(key || part as u32, little-endian || peer)` first (Thaler and Ravishankar 1998), equals by position. A
+    peer with several tickets has the highest of as many hashes (from the second on with the ticket's number as u32 behind),
+    so it comes first in proportion to its tickets.
 
     Args:
         key: 32 bytes that nobody could choose, such as the previous round's beacon.
         peers: 32-byte public keys.
+        tickets: one number above zero for each of them; None means one each.
     """
     if len(key) != 32 or any(len(peer) != 32 for peer in peers):
         raise ValueError("a rendezvous is among public keys of 32 bytes, under a key of 32 bytes")
     prefix = key + struct.pack("<I", part)
-    scores = [blake3(prefix + peer).digest() for peer in peers]
+
+    def score(position: int) -> bytes:
+        name = prefix + peers[position]
+        numbers = range(1, 1 if tickets is None else tickets[position])
+        return max([blake3(name).digest(), *(blake3(name + struct.pack("<I", number)).digest() for number in numbers)])
+
+    scores = [score(position) for position in range(len(peers))]
     return sorted(range(len(peers)), key=lambda position: scores[position], reverse=True)
 
 
-def reducer_orders(key: bytes, part_count: int, peers: Sequence[bytes]) -> list[list[int]]:
-    """Per part, positions in `peers` in the order in which they are to reduce it.
+def reduction_tickets(uploads_bytes_per_s: Sequence[int]) -> list[int]:
+    """How many tickets each reducer has: its measured upload in sixteenths of the fastest one's, rounded down, at least 1.
 
-    Rendezvous order, but for one thing: nobody is the first of more than ceil(part_count / peers) parts. Part by part, the
-    first is the highest in rendezvous order who has not reached that number yet; the others follow in rendezvous order.
+    Who has not measured anything has one; so have all, where nobody has.
+    """
+    fastest = max(uploads_bytes_per_s, default=0)
+    return [max(1, upload * MAX_TICKETS // fastest) if fastest else 1 for upload in uploads_bytes_per_s]
+
+
+def reduction_quotas(part_count: int, peers: Sequence[bytes], tickets: Sequence[int], percent: int) -> list[int]:
+    """Of how many parts each peer is the first reducer at most; together there is room for all parts.
+
+    Each has its tickets' share of the parts, rounded up, but no more than `percent` of them, nor less than one, unless there
+    are too few peers: then an equal share. What that leaves over goes to those with room, one part each in turn, most
+    tickets first, equals by key.
+    """
+    most = max(1, part_count * percent // 100, -(-part_count // len(peers)))
+    quotas = [min(most, -(-part_count * mine // sum(tickets))) for mine in tickets]
+    turns = sorted(range(len(peers)), key=lambda position: (-tickets[position], peers[position]))
+    while (left := part_count - sum(quotas)) > 0:
+        for position in [position for position in turns if quotas[position] < most][:left]:
+            quotas[position] += 1
+    return quotas
+
+
+def reducer_orders(
+    key: bytes,
+    part_count: int,
+    peers: Sequence[bytes],
+    uploads_bytes_per_s: Sequence[int] | None = None,
+    percent: int = 100,
+) -> list[list[int]]:
+    """Per part, positions in `peers` in the order in which they are to reduce it. Integer arithmetic alone.
+
+    Rendezvous order by tickets (`reduction_tickets`), but for one thing: nobody is the first of more parts than its quota
+    (`reduction_quotas`). Part by part, the first is the highest in rendezvous order who has not reached it yet; the others
+    follow in rendezvous order.
     """
     if not peers:
         return [[] for _ in range(part_count)]
-    share = -(-part_count // len(peers))
+    tickets = reduction_tickets(uploads_bytes_per_s or [0] * len(peers))
+    quotas = reduction_quotas(part_count, peers, tickets, percent)
     parts_of = [0] * len(peers)
     orders = []
     for part in range(part_count):
-        order = rendezvous(key, part, peers)
-        first = next(position for position in order if parts_of[position] < share)
+        order = rendezvous(key, part, peers, tickets)
+        first = next(position for position in order if parts_of[position] < quotas[position])
         parts_of[first] += 1
         orders.append([first, *(position for position in order if position != first)])
     return orders
+
+
+def planned_reducers(spec: RunSpec, plan: RoundPlan, committed: Container[int]) -> list[list[bytes]]:
+    """Per part, the keys of its reducers in order: those that the plan names and whose slot has committed."""
+    seats = [seat for slot, seat in enumerate(plan.roster) if seat.reducer and slot in committed]
+    keys, uploads = [seat.peer for seat in seats], [seat.upload_bytes_per_s for seat in seats]
+    orders = reducer_orders(plan.previous_beacon, part_count(spec), keys, uploads, spec.exchange.reducer_percent)
+    return [[keys[position] for position in order] for order in orders]

@@ -61,10 +61,21 @@ __all__ = ["MAX_HEADER_BYTES", "Answer", "Call", "Handler", "Header", "PeerPlane
 
 
 class PeerPlane:
-    """One daemon, one DHT node, and the calls that go through them. Use `start`, and `close` at the end."""
+    """One daemon, one DHT node, and the calls that go through them. Use `start`, and `close` at the end.
+
+    `reachable` says whether others can be expected to open connections to us.
+    """
 
     def __init__(
-        self, identity: Identity, run: bytes, p2p: Any, dht: Any, *, direct: bool, direct_host: str | None
+        self,
+        identity: Identity,
+        run: bytes,
+        p2p: Any,
+        dht: Any,
+        *,
+        direct: bool,
+        direct_host: str | None,
+        reachable: bool,
     ) -> None:
         self.identity = identity
         self.traffic = Traffic()
@@ -73,6 +84,7 @@ class PeerPlane:
         self._dht = dht
         self._handlers: dict[str, Handler] = {}
         self._connected: dict[bytes, float] = {}
+        self.reachable = reachable
         self._direct_host = direct_host
         self._direct_wanted = direct
         self._direct = DirectPlane(identity, run, self.traffic, dispatch=self._dispatch, ask=self._ask_direct)
@@ -135,7 +147,7 @@ class PeerPlane:
             await p2p.shutdown()
             raise UnreachableError(f"no peer of the run answers on {', '.join(initial_peers)}: {error}") from error
         host = _ip_of(listen[0]) if direct and not client_only and listen else None
-        return cls(identity, run, p2p, dht, direct=direct, direct_host=host)
+        return cls(identity, run, p2p, dht, direct=direct, direct_host=host, reachable=not client_only)
 
     async def close(self) -> None:
         """Stop the DHT and the daemon; nothing of them is left when this returns."""
@@ -294,7 +306,8 @@ class PeerPlane:
             whole = Multiaddr(text)
             target = hivemind.p2p.PeerID.from_base58(whole["p2p"])
             plain = Multiaddr(text.split("/p2p/")[0])
-            await asyncio.wait_for(self._p2p._client.connect(target, [plain]), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._p2p._client.connect(target, [plain])
 
     # Addresses in the DHT
 

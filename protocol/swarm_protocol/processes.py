@@ -48,6 +48,15 @@ def reuse_freed_memory() -> None:
         libc.mallopt(arena_max, 1)
 
 
+def wait_politely() -> None:
+    """Let OpenMP's threads sleep while they wait for each other, unless the environment says otherwise.
+
+    By default they spin. On a machine that does something else as well, a donor's for example, a step then takes many
+    times as long, because the thread that all wait for is not scheduled. Call it before torch is imported.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 def require_platform() -> None:
     """Raises `UnsupportedPlatformError` where hivemind's daemon does not run."""
     system, machine = platform.system(), platform.machine()

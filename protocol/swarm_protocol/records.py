@@ -23,6 +23,7 @@ from swarm_protocol.identity import Identity, peer_id, verify
 MAX_RECORD_BYTES = 1 << 20
 MAX_SLOTS = 10_000
 MAX_PARTS = 1 << 16
+MAX_PROOF_BYTES = 1 << 18
 
 _Hex = PlainSerializer(bytes.hex, when_used="json")
 Bytes32 = Annotated[bytes, Field(min_length=32, max_length=32), _Hex]
@@ -59,6 +60,19 @@ class Comparison(StrEnum):
     OUTSIDE = "outside"
 
 
+class SketchFault(StrEnum):
+    """Why a slot is not in a round's selection, though its contribution counts."""
+
+    MISSING = "missing"
+    """No signed sketches in time."""
+    UNAVAILABLE = "unavailable"
+    """Signed, but their bytes were nowhere to be had in time."""
+    UNSOUND = "unsound"
+    """Their bytes are not finite sketches under the signed root."""
+    FORGED = "forged"
+    """A sketch is not that of the part that was committed to: an objection that was recomputed."""
+
+
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -85,12 +99,16 @@ class Record(_Frozen):
 
 
 class Seat(_Frozen):
-    """A slot of a roster: who holds it, how many inner steps it does, whether it may reduce, what it weighs in the mean."""
+    """A slot of a roster: who holds it, how many inner steps it does, whether it may reduce, what it weighs in the mean.
+
+    `upload_bytes_per_s` is what the node measured, 0 if that is not known: by it the parts are shared out among reducers.
+    """
 
     peer: Bytes32
     steps: Annotated[int, Field(ge=1, le=10_000)]
     weight: Annotated[int, Field(ge=0, le=1 << 24, description="tokens, capped by the spec")]
     reducer: bool
+    upload_bytes_per_s: Annotated[int, Field(ge=0, lt=1 << 53)] = 0
 
 
 class Registration(Record):
@@ -178,6 +196,59 @@ class CommitmentSet(Record):
     commitments: Annotated[tuple[SlotHash, ...], Strict(False), Field(max_length=MAX_SLOTS)]
 
 
+class Sketches(Record):
+    """A sender's sketches of its decoded parts, under a CommitmentSet. The sequence is the slot.
+
+    `root` is over the sketches (`sketch.root`); `blob` is the content hash of their bytes, one after the other.
+    """
+
+    kind: ClassVar[str] = "sketches"
+    commitment_set: Bytes32
+    commitment: Bytes32
+    slot: Slot
+    root: Bytes32
+    blob: Bytes32
+
+
+class SketchObjection(Record):
+    """A reducer says that a slot's committed part is not sound, or not what its signed sketches say. The sequence is part
+    · 10,000 + slot.
+
+    `sketches` is the hash of the Sketches, `part_hash` that of the encoded part, `proof` shows it under the parts root.
+    """
+
+    kind: ClassVar[str] = "sketch-objection"
+    part: Annotated[int, Field(ge=0, lt=MAX_PARTS)]
+    slot: Slot
+    sketches: Bytes32
+    part_hash: Bytes32
+    proof: Annotated[tuple[Bytes32, ...], Strict(False), Field(max_length=16)]
+
+
+class SlotFault(_Frozen):
+    slot: Slot
+    fault: Annotated[SketchFault, Strict(False)]
+
+
+class SlotWeight(_Frozen):
+    slot: Slot
+    weight: Annotated[int, Field(ge=1, lt=1 << 53)]
+
+
+class SketchSet(Record):
+    """Closes a round's sketches, by the checkpoint worker: which count, and what the aggregator selects by them.
+
+    Every slot with a weight in the plan and a commitment is in `counted` (the hash of its Sketches) or in `excluded`;
+    `selected` is what anybody computes from those that count. All are in slot order.
+    """
+
+    kind: ClassVar[str] = "sketch-set"
+    commitment_set: Bytes32
+    counted: Annotated[tuple[SlotHash, ...], Strict(False), Field(max_length=MAX_SLOTS)]
+    excluded: Annotated[tuple[SlotFault, ...], Strict(False), Field(max_length=MAX_SLOTS)]
+    selected: Annotated[tuple[SlotWeight, ...], Strict(False), Field(max_length=MAX_SLOTS)]
+
+
 class PartRecord(Record):
     """A reducer's average of one part: `result` is the hash of its encoding, `slots` those that are in it. The sequence
     is the part."""
@@ -193,7 +264,8 @@ class PartRecord(Record):
 class PartReceipt(Record):
     """A reducer has a slot's part, and found it sound: its average of that part has the slot in it, or there is none.
 
-    `part_hash` is the hash of the encoded part. The sequence is part · 10,000 + slot.
+    `part_hash` is the hash of the encoded part; `sketches` that of the Sketches whose sketch of it is right, in a round
+    that needs them: there the promise holds if the slot is selected by these. The sequence is part · 10,000 + slot.
     """
 
     kind: ClassVar[str] = "part-receipt"
@@ -201,10 +273,18 @@ class PartReceipt(Record):
     part: Annotated[int, Field(ge=0, lt=MAX_PARTS)]
     slot: Slot
     part_hash: Bytes32
+    sketches: Bytes32 | None = None
 
-    def broken_by(self, record: PartRecord) -> bool:
-        """Whether this part record, by the same reducer, leaves the slot out: misconduct, and these two prove it."""
+    def broken_by(self, record: PartRecord, closing: SketchSet | None = None) -> bool:
+        """Whether this part record, by the same reducer, leaves the slot out: misconduct, and these prove it.
+
+        Args:
+            closing: the round's SketchSet, where it needs one; who is not selected by what the receipt names may be left out.
+        """
         same = (self.run, self.round, self.part) == (record.run, record.round, record.part)
+        if closing is not None:
+            counted = SlotHash(slot=self.slot, hash=self.sketches or b"\0" * 32) in closing.counted
+            same = same and counted and any(self.slot == one.slot for one in closing.selected)
         return same and self.slot not in record.slots
 
 
@@ -225,11 +305,15 @@ class CheckpointReport(Record):
 
 
 class RoundManifest(Record):
-    """Seals a round. Per part one `PartRecord`, or None: missing, a zero pseudo-gradient. Every node derives this body."""
+    """Seals a round. Per part one `PartRecord`, or None: missing, a zero pseudo-gradient. Every node derives this body.
+
+    `sketches` is the hash of the round's SketchSet, None where it needed none or none came.
+    """
 
     kind: ClassVar[str] = "manifest"
     plan: Bytes32
     commitment_set: Bytes32
+    sketches: Bytes32 | None = None
     parts: Annotated[tuple[Bytes32 | None, ...], Strict(False), Field(min_length=1, max_length=MAX_PARTS)]
     base: Bytes32
     root: Bytes32
@@ -271,6 +355,17 @@ class Verdict(Record):
     fingerprint: Bytes32
 
 
+class Equivocation(Record):
+    """Two different records that one key signed under one name, as encoded envelopes: they prove it, whoever hands them in.
+
+    The sequence is the reporter's own count (see `equivocation`).
+    """
+
+    kind: ClassVar[str] = "equivocation"
+    first: Annotated[bytes, Field(min_length=1, max_length=MAX_PROOF_BYTES), _Hex]
+    second: Annotated[bytes, Field(min_length=1, max_length=MAX_PROOF_BYTES), _Hex]
+
+
 class Evaluation(Record):
     """Held-out loss of the checkpoint that round `round` starts from. Informative: this number is in the tolerant domain."""
 
@@ -283,8 +378,10 @@ class Evaluation(Record):
 KINDS: dict[str, type[Record]] = {
     record.kind: record
     for record in (
-        Registration, Appointment, Addresses, Ready, RoundPlan, Commitment, CommitmentSet, PartRecord, PartReceipt,
-        PartHeld, CheckpointReport, RoundManifest, NonceOpening, BeaconReveal, Verdict, Evaluation,
+        Registration, Appointment, Addresses, Ready, RoundPlan, Commitment, CommitmentSet, Sketches, SketchObjection,
+        SketchSet, PartRecord, PartReceipt, PartHeld, CheckpointReport, RoundManifest, NonceOpening, BeaconReveal, Verdict,
+        Equivocation,
+        Evaluation,
     )
 }  # fmt: skip
 

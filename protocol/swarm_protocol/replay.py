@@ -16,15 +16,18 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from swarm_protocol import parts
+from swarm_protocol import parts, sketch, sketching
 from swarm_protocol.aggregate import sum_of_squares
 from swarm_protocol.errors import InvalidDataError
 from swarm_protocol.optimizers import moment_sizes
-from swarm_protocol.records import Comparison, Outcome
+from swarm_protocol.records import Comparison, Outcome, Sketches
 from swarm_protocol.spec import RunSpec
+from swarm_protocol.tolerances import Bounds
 from swarm_protocol.training import TrainState
 
 Float32 = npt.NDArray[np.float32]
+
+FORGED_SKETCHES = "the signed sketches are not those of the committed parts"
 
 GROSS = 0.1
 """Distance beyond which no two runtimes can honestly be, calibrated or not: the worst that was measured, kernels in
@@ -33,14 +36,10 @@ bfloat16, are 1.2e-2 apart; an invented contribution is about 1.4 away."""
 
 @dataclass(frozen=True)
 class Compared:
-    """One replayed segment against its claim. `statistic` is a relative L2 distance: 0 if equal, inf if not finite.
-
-    `same_fingerprint` is whether node and auditor declare the same runtime.
-    """
+    """One replayed segment against its claim. `statistic` is a relative L2 distance: 0 if equal, inf if not finite."""
 
     comparison: Comparison
     statistic: float
-    same_fingerprint: bool
 
 
 @dataclass(frozen=True)
@@ -69,12 +68,13 @@ def relative_l2(claimed: Float32, replayed: Float32, origin: Float32 | None = No
 
 
 def compare(
-    spec: RunSpec, start: TrainState, claimed: TrainState, replayed: TrainState, *, same_fingerprint: bool
+    spec: RunSpec, start: TrainState, claimed: TrainState, replayed: TrainState, *, bounds: Bounds | None
 ) -> Compared:
     """Compare the claimed end of a segment with the replayed one; `start` is where the replay began.
 
-    Equal bits are `equal`. Otherwise, in native numerics and whatever the fingerprints: up to `audit.accept` is `within`,
-    above `audit.reject` `outside`, and what lies between only `different`.
+    Equal bits are `equal`. Otherwise, in native numerics: up to `bounds.accept` is `within`, above `bounds.reject`
+    `outside`, and what lies between only `different`. Without bounds, for runtimes that are not calibrated, what is not
+    equal is `different`, and `outside` beyond `GROSS`.
 
     Raises:
         InvalidDataError: the claimed vectors do not have this run's types and lengths.
@@ -84,15 +84,12 @@ def compare(
         a.tobytes() == b.tobytes()
         for a, b in ((claimed.parameters, replayed.parameters), (claimed.moments, replayed.moments))
     ):
-        return Compared(Comparison.EQUAL, 0.0, same_fingerprint)
+        return Compared(Comparison.EQUAL, 0.0)
     statistic = math.inf if claimed.step != replayed.step else _statistic(spec, start, claimed, replayed)
-    if statistic <= spec.audit.accept:
-        comparison = Comparison.WITHIN
-    elif statistic > spec.audit.reject:
-        comparison = Comparison.OUTSIDE
-    else:
-        comparison = Comparison.DIFFERENT
-    return Compared(comparison, statistic, same_fingerprint)
+    if statistic > (GROSS if bounds is None else min(GROSS, bounds.reject)):
+        return Compared(Comparison.OUTSIDE, statistic)
+    within = bounds is not None and statistic <= bounds.accept
+    return Compared(Comparison.WITHIN if within else Comparison.DIFFERENT, statistic)
 
 
 def parts_match(spec: RunSpec, start: Float32, final: Float32, parts_root: bytes) -> bool:
@@ -104,14 +101,27 @@ def parts_match(spec: RunSpec, start: Float32, final: Float32, parts_root: bytes
     return parts.parts_root(parts.part_hashes(encoded)) == parts_root
 
 
-def judge_exact(*, trace_matches: bool, parts_match: bool) -> Judgement:
+def sketches_match(spec: RunSpec, start: Float32, final: Float32, signed: Sketches | None) -> bool:
+    """Whether signed sketches, where there are any, are those of the parts of these parameters before and after the round."""
+    if signed is None:
+        return True
+    try:
+        found = sketching.of_parts(spec, signed.commitment_set, parts.encode_parts(spec, start, final))
+    except InvalidDataError:
+        return False
+    return sketch.root(found) == signed.root
+
+
+def judge_exact(*, trace_matches: bool, parts_match: bool, sketches_match: bool = True) -> Judgement:
     """The outcome of an audit with exact numerics: the replay's hashes equal the committed ones, or they do not."""
     if not trace_matches:
         reason = "the replay gives other bits, and with exact numerics there is only one right result"
         return Judgement(Outcome.REJECTED, Comparison.DIFFERENT, None, reason)
     if not parts_match:
-        reason = "the training is right, but the parts are not the encoding of its result"
+        reason = "the parts are not the encoding of its training, which is right"
         return Judgement(Outcome.REJECTED, Comparison.DIFFERENT, None, reason)
+    if not sketches_match:
+        return Judgement(Outcome.REJECTED, Comparison.DIFFERENT, None, FORGED_SKETCHES)
     return Judgement(Outcome.ACCEPTED, Comparison.EQUAL, 0.0, "equal in every bit")
 
 
@@ -120,33 +130,37 @@ def unavailable(what: str) -> Judgement:
     return Judgement(Outcome.UNAVAILABLE, None, None, f"the node did not serve {what} in time")
 
 
-def judge(spec: RunSpec, compared: Sequence[Compared], *, parts_match: bool) -> Judgement:
+def judge(
+    compared: Sequence[Compared], *, bounds: Bounds | None, parts_match: bool, sketches_match: bool = True
+) -> Judgement:
     """The outcome of an audit of one or more segments. The worst segment decides.
 
-    A rejection here is one auditor's: `audit.rejecting_auditors` of them make it final. Where node and auditor declare
-    different runtimes and the run has no calibrated tolerances, nothing is earned: inconclusive, unless equal in every
-    bit, or further apart than any two runtimes (`GROSS`).
+    A rejection here is one auditor's: `audit.rejecting_auditors` of them make it final. Where the runtimes of node and
+    auditor are not calibrated (no `bounds`), nothing is earned: inconclusive, unless equal in every bit, or further apart
+    than any two runtimes (`GROSS`).
     """
     worst = max(compared, key=lambda one: one.statistic)
     comparison, statistic = worst.comparison, worst.statistic if math.isfinite(worst.statistic) else None
-    bounds = f"distance {worst.statistic:.2e}; accepted up to {spec.audit.accept:.0e}"
-    bounds += f", rejected above {spec.audit.reject:.0e}"
-    calibrated = worst.same_fingerprint or spec.audit.tolerance_file is not None
-    if not parts_match:
-        outcome, reason = Outcome.REJECTED, "the parts are not the encoding of the parameters that the node claims"
-    elif comparison is Comparison.EQUAL:
-        outcome, reason = Outcome.ACCEPTED, "equal in every bit"
-    elif statistic is None:
-        outcome, reason = Outcome.REJECTED, "the claimed state is not finite, or no state of this segment"
-    elif statistic > GROSS or (comparison is Comparison.OUTSIDE and calibrated):
-        outcome, reason = Outcome.REJECTED, f"the replay leads elsewhere ({bounds})"
-    elif not calibrated:
-        outcome = Outcome.INCONCLUSIVE
-        reason = f"this pair of runtimes is not calibrated ({bounds})"
-    elif comparison is Comparison.WITHIN:
-        outcome, reason = Outcome.ACCEPTED, f"within the tolerance ({bounds})"
-    else:
-        outcome, reason = Outcome.INCONCLUSIVE, f"between the bounds ({bounds})"
+    tolerated = f"no two runtimes are further apart than {GROSS}" if bounds is None else str(bounds)
+    measured = f"distance {worst.statistic:.2e}; {tolerated}"
+    match comparison:
+        case Comparison.OUTSIDE if statistic is None:
+            outcome, reason = Outcome.REJECTED, "the claimed state is not finite, or no state of this segment"
+        case Comparison.OUTSIDE:
+            outcome, reason = Outcome.REJECTED, f"the replay leads elsewhere ({measured})"
+        case _ if not parts_match:
+            outcome = Outcome.REJECTED
+            reason = "the parts are not the encoding of the training that the node claims"
+        case _ if not sketches_match:
+            outcome, reason = Outcome.REJECTED, FORGED_SKETCHES
+        case Comparison.EQUAL:
+            outcome, reason = Outcome.ACCEPTED, "equal in every bit"
+        case Comparison.WITHIN:
+            outcome, reason = Outcome.ACCEPTED, f"within the tolerance ({measured})"
+        case _ if bounds is None:
+            outcome, reason = Outcome.INCONCLUSIVE, f"this pair of runtimes is not calibrated ({measured})"
+        case _:
+            outcome, reason = Outcome.INCONCLUSIVE, f"between the bounds ({measured})"
     return Judgement(outcome, comparison, statistic, reason)
 
 

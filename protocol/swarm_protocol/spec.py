@@ -138,7 +138,9 @@ class OuterSpec(_Section):
 class ExchangeSpec(_Section):
     parts: int = Field(8, ge=1, le=1 << 16)
     codec: Literal["none", "int8", "int4"] = "int4"
-    aggregator: Literal["mean", "trimmed_mean", "median", "multi_krum", "geometric_median", "centered_clip"] = "mean"
+    aggregator: Literal["mean", "trimmed_mean", "median", "multi_krum", "geometric_median", "centered_clip"] = (
+        "multi_krum"
+    )
     trim_fraction: float = Field(
         0.2, ge=0.0, lt=0.5, description="share of the slots that trimmed_mean leaves out at either end"
     )
@@ -150,6 +152,9 @@ class ExchangeSpec(_Section):
     )
     max_norm: float = Field(1e4, gt=0.0, le=1e12, description="L2 bound of an averaged part; one above it is missing")
     weight_cap_tokens: int = Field(1 << 20, ge=1, le=1 << 24, description="a slot weighs at most this many tokens")
+    reducer_percent: int = Field(
+        50, ge=1, le=100, description="of the parts that one reducer gets at most, where there are enough reducers"
+    )
     weight_after: int = Field(0, ge=0, le=1000, description="accepted contributions before an identity has weight (k)")
 
 
@@ -174,15 +179,24 @@ class RoundsSpec(_Section):
 
 
 class AuditSpec(_Section):
-    probation: int = Field(10, ge=0, le=1000, description="an identity's first contributions, all audited")
-    rate: float = Field(0.2, ge=0.0, le=1.0, description="share of later contributions that is audited")
+    probation: int = Field(
+        10, ge=0, le=1000, description="contributions of full size that are audited whole before an identity is trusted"
+    )
+    floor: float = Field(0.02, ge=0.0, le=1.0, description="least share of a trusted identity's contributions audited")
+    budget: float = Field(
+        1.0, gt=0.0, le=1.0, description="share of a round's training that audits may replay; the lowest draws go first"
+    )
+    horizon: int = Field(
+        20, ge=1, le=10_000, description="rounds for which credit is pending, and forfeited by a reject"
+    )
     accept: float = Field(1e-4, gt=0.0, lt=1.0, description="relative L2 distance up to which a replay agrees (native)")
     reject: float = Field(3e-4, gt=0.0, lt=10.0, description="relative L2 distance above which it disagrees (native)")
     evidence_s: float = Field(60.0, ge=1.0, le=86400.0, description="time a node has to serve its evidence")
     rejecting_auditors: int = Field(
         2, ge=1, le=10, description="auditors that must agree before a contribution is rejected"
     )
-    max_unavailable: int = Field(3, ge=1, le=1000, description="unavailable verdicts that end an identity's standing")
+    max_unavailable: int = Field(3, ge=1, le=1000, description="unavailable audits that end an identity's standing")
+    unavailable_window: int = Field(20, ge=1, le=10_000, description="rounds within which these have to fall")
     tolerance_file: Hash | None = Field(None, description="hash of the calibrated tolerances (native)")
 
     @model_validator(mode="after")
@@ -207,13 +221,6 @@ class RunConfig(_Section):
     outer: OuterSpec = OuterSpec()
     rounds: RoundsSpec = RoundsSpec()
     audit: AuditSpec = AuditSpec()
-
-    @model_validator(mode="after")
-    def _exchange_can_carry_it(self) -> Self:
-        name = self.exchange.aggregator
-        if name not in ("mean", "trimmed_mean", "median"):
-            raise ValueError(f"exchange.aggregator {name} needs sketches, which the exchange does not carry yet")
-        return self
 
     @classmethod
     def from_toml(cls, source: Path | str) -> RunConfig:
@@ -281,6 +288,16 @@ class RunSpec(_Section):
     @property
     def tokens_per_step(self) -> int:
         return self.training.batch_sequences * self.model.max_position_embeddings
+
+    def segments(self, steps: int) -> list[tuple[int, int]]:
+        """The segments of a round of `steps` inner steps as (start, stop); the last may be shorter."""
+        length = self.training.segment_steps
+        return [(start, min(start + length, steps)) for start in range(0, steps, length)]
+
+    @property
+    def standard_tokens(self) -> int:
+        """Tokens of a contribution of full size: the unit in which audits count."""
+        return self.training.steps * self.tokens_per_step
 
 
 def explain(error: ValidationError, where: str) -> str:

@@ -134,12 +134,6 @@ def size_bytes(spec: RunSpec) -> int:
     return 4 * (llama.num_parameters(spec.model) + moments) + _STEP.size
 
 
-def segments(spec: RunSpec, steps: int) -> list[tuple[int, int]]:
-    """The segments of a round of `steps` inner steps as (start, stop); the last may be shorter."""
-    length = spec.training.segment_steps
-    return [(start, min(start + length, steps)) for start in range(0, steps, length)]
-
-
 def trace_root(state_roots: Sequence[bytes]) -> bytes:
     """What a commitment says of the training: the Merkle root of the state roots at the segment ends, in order."""
     return merkle.root(state_roots)

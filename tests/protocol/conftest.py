@@ -11,7 +11,7 @@ import pytest
 
 from swarm_coordinator.run_directory import RunDirectory
 from swarm_coordinator.store import Store
-from swarm_protocol import PROTOCOL_VERSION, parts
+from swarm_protocol import PROTOCOL_VERSION, aggregate, parts
 from swarm_protocol.chunks import content_hash
 from swarm_protocol.draw import chain_end, nonce_hash
 from swarm_protocol.identity import Identity
@@ -186,9 +186,11 @@ MakeCast = Callable[..., Cast]
 
 @pytest.fixture
 def make_cast(tmp_path: Path) -> MakeCast:
-    """`make_cast(nodes=2, rounds=2, token=None)` makes the directory of a run and those who take part in it."""
+    """`make_cast(nodes=2, rounds=2, token=None, aggregator="multi_krum")`: a run's directory, and who takes part in it."""
 
-    def make(nodes: int = 2, rounds: int = 2, token: str | None = None) -> Cast:
+    def make(
+        nodes: int = 2, rounds: int = 2, token: str | None = None, aggregator: aggregate.Name = "multi_krum"
+    ) -> Cast:
         home = RunDirectory(tmp_path / "run")
         coordinator, worker, auditors = identity(1), identity(2), [identity(3), identity(4)]
         coordinator.save(home.coordinator_key)
@@ -209,7 +211,7 @@ def make_cast(tmp_path: Path) -> MakeCast:
             model=MODEL,
             data=DataSpec(root="00" * 32, tokenizer="bytes", train_tokens=1000, held_out_windows=4),
             training=TrainingSpec(batch_sequences=2, micro_sequences=2, steps=2, segment_steps=1),
-            exchange=ExchangeSpec(parts=2),
+            exchange=ExchangeSpec(parts=2, aggregator=aggregator),
             outer=OuterSpec(),
             rounds=RoundsSpec(count=rounds, min_nodes=nodes, max_nodes=nodes, assemble_s=0.0),
             audit=AuditSpec(),

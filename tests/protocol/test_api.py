@@ -24,6 +24,7 @@ from swarm_protocol.records import (
     BeaconReveal,
     CommitmentSet,
     Envelope,
+    Equivocation,
     Outcome,
     PartRecord,
     RoundManifest,
@@ -152,13 +153,14 @@ def test_a_round_goes_through_from_registration_to_verdicts(make_cast: MakeCast)
         assert [(audit["slot"], audit["verdicts"]) for audit in drawn] == [(0, 0), (1, 0)]
         await api.accept(*(cast.verdict(cast.auditors[0], commitment) for commitment in commitments))
         assert (await api.get(f"/audits?auditor={auditor}")).json() == []
+        await api.accept(*(cast.verdict(cast.auditors[1], commitment) for commitment in commitments))  # a cross-check
         await api.accept(cast.evaluation(0, plan.base), cast.evaluation(1, b"r" * 32))
 
         status = (await api.get("")).json()
         assert (status["round"], status["phase"]) == (1, "assembling")
         assert status["audits"] == {
             "drawn": 2, "pending": 0, "accepted": 2, "rejected": 0, "inconclusive": 0, "unavailable": 0, "moot": 0,
-            "comparisons": {"equal": 2, "different": 0, "within": 0, "outside": 0},
+            "comparisons": {"equal": 4, "different": 0, "within": 0, "outside": 0},
         }  # fmt: skip
         assert [node["contributions"] for node in status["nodes"]] == [1, 1]
         assert [entry["round"] for entry in status["evaluations"]] == [0, 1]
@@ -229,8 +231,34 @@ def test_another_record_under_the_same_name_is_an_equivocation(make_cast: MakeCa
     async def script(api: Api) -> None:
         plan = await api.to_training()
         await api.accept(cast.commitment(plan, 0))
-        await api.refuse(cast.commitment(plan, 0, trace_root=b"x" * 32), 409, "equivocation")
         await api.refuse(cast.commitment(plan, 0, sequence=1), 409, "already-committed")
+        await api.refuse(cast.commitment(plan, 0, trace_root=b"x" * 32), 409, "equivocation")
+        status = (await api.get("")).json()
+        (proved,) = status["equivocations"]
+        assert (proved["peer"], proved["kind"], proved["round"]) == (cast.holder(plan, 0).peer_id, "commitment", 0)
+        assert [node["standing"] for node in status["nodes"]].count("ended") == 1
+        await api.refuse(cast.ready(cast.holder(plan, 0), 0, plan.base), 403, "standing-ended")
+
+    play(cast, script)
+
+
+def test_whoever_holds_two_records_under_one_name_can_report_them_once(make_cast: MakeCast) -> None:
+    cast = make_cast()
+
+    def report(first: Envelope, second: Envelope, sequence: int) -> Envelope:
+        record = Equivocation(run=cast.run, round=0, sequence=sequence, first=first.encode(), second=second.encode())
+        return Envelope.sign(cast.nodes[1], record)
+
+    async def script(api: Api) -> None:
+        plan = await api.to_training()
+        slot = plan.slot_of(cast.nodes[0].public_key)
+        first, second = cast.commitment(plan, slot), cast.commitment(plan, slot, trace_root=b"x" * 32)
+        await api.refuse(report(first, first, 0), 422, "no-proof")
+        await api.accept(report(first, second, 1))
+        (proved,) = (await api.get("")).json()["equivocations"]
+        assert (proved["peer"], proved["reporter"]) == (cast.nodes[0].peer_id, cast.nodes[1].peer_id)
+        await api.refuse(first, 403, "standing-ended")
+        await api.refuse(report(second, first, 2), 409, "closed")
 
     play(cast, script)
 
@@ -521,7 +549,7 @@ def test_the_openapi_document_describes_every_operation(make_cast: MakeCast) -> 
         document = (await api.http.get("/openapi.json")).json()
         assert "Problem" in document["components"]["schemas"]
         operations = [operation for path in document["paths"].values() for operation in path.values()]
-        assert len({operation["operationId"] for operation in operations}) == len(operations) == 19
+        assert len({operation["operationId"] for operation in operations}) == len(operations) == 21
         for operation in operations:
             assert operation["tags"]
             assert operation["summary"]

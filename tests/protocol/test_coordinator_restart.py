@@ -87,7 +87,7 @@ def play_round(coordinator: Coordinator, number: int) -> list[Envelope]:
         coordinator.submit(cast.part_held(record))
     coordinator.submit(cast.report(plan, coordinator.journal.state.parts, bytes([50 + number]) * 32))
     coordinator.submit(*(cast.opening(plan, slot) for slot in range(len(plan.roster))))
-    coordinator.submit(*(cast.verdict(cast.auditors[slot % 2], commitments[slot]) for slot in range(len(commitments))))
+    coordinator.submit(*(cast.verdict(auditor, one) for one in commitments for auditor in cast.auditors))
     return commitments
 
 

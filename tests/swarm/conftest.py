@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,11 +20,14 @@ import pytest
 
 from swarm_node.demonstration import free_port
 from swarm_node.swarm import Child, Swarm
+from swarm_protocol import equivocation
+from swarm_protocol.records import Envelope, Equivocation
 
 T = TypeVar("T")
 
 RUN = """\
 name = "test"
+numerics = "{numerics}"
 seed = 7
 
 [model]
@@ -45,7 +49,7 @@ segment_steps = 2
 warmup_steps = 2
 
 [exchange]
-parts = 4
+parts = {parts}
 
 [rounds]
 count = {rounds}
@@ -59,12 +63,15 @@ open_s = 5.0
 keep_rounds = 16
 
 [audit]
-probation = 1
-rate = 0.25
-evidence_s = 20.0
+probation = {probation}
+floor = {floor}
+evidence_s = {evidence_s}
 """
 
+RUN_PARTS = re.compile(r"^parts = (\d+)", re.MULTILINE)
+
 DEFAULTS: dict[str, Any] = {
+    "numerics": "native",
     "rounds": 3,
     "min_nodes": 3,
     "max_nodes": 3,
@@ -72,6 +79,10 @@ DEFAULTS: dict[str, Any] = {
     "assemble_s": 5.0,
     "train_s": 30.0,
     "exchange_s": 10.0,
+    "parts": 4,
+    "evidence_s": 20.0,
+    "probation": 1,
+    "floor": 0.25,
 }
 
 
@@ -86,20 +97,33 @@ class Run:
         self.swarm = Swarm(folder / "logs")
         self.nodes: dict[str, Child] = {}
         config = folder / "run.toml"
+        calibrated = settings.pop("calibrated", False)
         config.write_text(RUN.format(**{**DEFAULTS, **settings}))
-        command = [sys.executable, "-m", "swarm_coordinator", "init", str(self.home)]
-        command += ["--spec", str(config), "--corpus", str(corpus)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stdout + done.stderr
+        tolerances = folder / "tolerances.json"
+        if calibrated:
+            self.owner("calibrate", str(config), "--quick", "--out", str(tolerances))
+        extra = ["--tolerances", str(tolerances)] if calibrated else []
+        self.owner("init", str(self.home), "--spec", str(config), "--corpus", str(corpus), *extra)
 
-    def serve(self) -> Child:
+    def owner(self, *arguments: str) -> str:
+        """What a command of the run owner prints; it has to succeed."""
+        command = [sys.executable, "-m", "swarm_coordinator", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def serve(self, host: str = "127.0.0.1") -> Child:
         command = [sys.executable, "-m", "swarm_coordinator", "serve", str(self.home), "--port", str(self.port)]
+        command += ["--host", host]
         child = self.swarm.start("coordinator", command)
         self.until(lambda: self.status() or None, what="the coordinator answers")
         return child
 
-    def join(self, name: str, *extra: str) -> Child:
-        command = [sys.executable, "-m", "swarm_node", "join", self.url, "--name", name, "--device", "cpu"]
+    def join(self, name: str, *extra: str, namespace: str | None = None, host: str = "127.0.0.1") -> Child:
+        """Start a volunteer, in a network namespace if one is named; `host` is the coordinator's address there."""
+        command = ["ip", "netns", "exec", namespace] if namespace else []
+        url = f"http://{host}:{self.port}"
+        command += [sys.executable, "-m", "swarm_node", "join", url, "--name", name, "--device", "cpu"]
         command += ["--threads", "1", "--data-dir", str(self.folder / name), *extra]
         self.nodes[name] = self.swarm.start(name, command)
         return self.nodes[name]
@@ -111,6 +135,30 @@ class Run:
             return httpx.get(f"{self.url}/v1/runs/{runs[0]['run_id']}", timeout=10).json()
         except (httpx.HTTPError, ValueError):
             return {}
+
+    def round(self, number: int) -> dict[str, Any]:
+        """A sealed round: `slots` by node name, and `parts`, per part the slots in its average, or None."""
+        run_id = self.status()["run_id"]
+        detail = httpx.get(f"{self.url}/v1/runs/{run_id}/rounds/{number}", timeout=10).json()
+        parts = {record["part"]: record["slots"] for record in detail["part_records"] if record["counted"]}
+        count = int(RUN_PARTS.search((self.folder / "run.toml").read_text())[1])
+        return {
+            "slots": {seat["name"]: seat["slot"] for seat in detail["roster"]},
+            "parts": [parts.get(part) for part in range(count)],
+        }
+
+    def audit_reduction(self, number: int) -> list[dict[str, Any]]:
+        """What `swarm-coordinator audit-reduction` says of a round's part records."""
+        command = [sys.executable, "-m", "swarm_coordinator", "audit-reduction", self.url, "--round", str(number)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode in (0, 1), done.stdout + done.stderr
+        return json.loads(done.stdout)["records"]
+
+    def proof(self, report: str) -> equivocation.Proved:
+        """What the stored report of an equivocation proves, to anybody who asks for it."""
+        run_id = self.status()["run_id"]
+        raw = httpx.get(f"{self.url}/v1/runs/{run_id}/records/{report}", timeout=10).content
+        return equivocation.proved_by(Envelope.decode(raw).open_as(Equivocation, run=bytes.fromhex(run_id)))
 
     def node(self, name: str) -> dict[str, Any]:
         """What a node says of itself."""

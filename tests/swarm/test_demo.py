@@ -52,6 +52,10 @@ def test_the_demo_trains_exchanges_and_replays(environment: dict[str, str]) -> N
     assert result["contributions"] == 4
     assert result["audits"]["accepted"] >= 2
     assert sum(result["audits"].values()) == result["audits"]["accepted"]
+    for measured in result["exchange"].values():
+        assert all(measured[step]["count"] > 0 for step in ("delivery", "reduction", "fetch", "waiting"))
+        assert measured["bytes"]["direct"]["sent"] > 0
+        assert measured["bytes"]["control"]["received"] > 0
 
 
 @pytest.mark.swarm
@@ -69,11 +73,11 @@ def test_three_nodes_learn_in_four_rounds(environment: dict[str, str]) -> None:
 
 @pytest.mark.swarm
 def test_a_cheater_is_rejected_left_out_and_nobody_else_is(environment: dict[str, str]) -> None:
-    result = demo(environment, "--nodes", "2", "--rounds", "4", "--cheaters", "1")
+    result = demo(environment, "--nodes", "2", "--rounds", "10", "--cheaters", "1")
     assert {entry["node"] for entry in result["rejected"]} == {"cheater-1"}
     assert result["audits"]["inconclusive"] == result["audits"]["unavailable"] == 0
     # Left out once rejected: three contributions a round before that, two afterwards.
-    assert result["contributions"] < 12
+    assert result["contributions"] < 30
     assert len(set(result["checkpoint_roots"].values())) == 1
 
 
@@ -93,13 +97,14 @@ def test_ctrl_c_ends_the_demo_and_everything_that_it_started(environment: dict[s
 
 
 @pytest.mark.swarm
-@pytest.mark.parametrize("cheat", ["learning-rate", "flipped-bit"])
+@pytest.mark.parametrize("cheat", ["learning-rate-slight", "flipped-bit"])
 def test_exact_training_is_equal_on_any_kernels_and_the_slightest_cheat_is_not(
     environment: dict[str, str], cheat: str
 ) -> None:
     options = ("--numerics", "exact", "--mixed-kernels", "--nodes", "2", "--rounds", "1", "--cheaters", "1")
     result = demo(environment, *options, "--cheat", cheat)
     assert {entry["node"] for entry in result["rejected"]} == {"cheater-1"}
-    assert result["audits"]["accepted"] == result["comparisons"]["equal"] == 2
+    assert result["audits"]["accepted"] == 2
+    assert result["comparisons"]["equal"] >= 2  # some audits are done twice
     assert result["comparisons"]["within"] == result["comparisons"]["outside"] == 0
     assert len(set(result["checkpoint_roots"].values())) == 1

@@ -32,6 +32,8 @@ def run(*arguments: str) -> str:
         "swarm_protocol.signing",
         "swarm_protocol.client",
         "swarm_node.joining",
+        "swarm_node.cheats",
+        "swarm_protocol.tolerances",
     ],
 )
 def test_importing_it_loads_nothing_slow(module: str) -> None:
@@ -56,8 +58,9 @@ def test_help_is_there_and_loads_nothing_slow(package: str) -> None:
         (("swarm_node", "--help"), ("join", "demo", "version")),
         (("swarm_node", "join", "--help"), ("--data-dir", "--name", "--token", "--trust", "--device")),
         (("swarm_node", "demo", "--help"), ("--nodes", "--rounds", "--cheaters", "--corpus", "--json")),
-        (("swarm_coordinator", "--help"), ("init", "serve")),
-        (("swarm_coordinator", "init", "--help"), ("--corpus", "--spec")),
+        (("swarm_coordinator", "--help"), ("init", "serve", "calibrate")),
+        (("swarm_coordinator", "init", "--help"), ("--corpus", "--spec", "--tolerances")),
+        (("swarm_coordinator", "calibrate", "--help"), ("--out", "--quick")),
         (("swarm_coordinator", "serve", "--help"), ("--host", "--port")),
     ],
     ids=" ".join,

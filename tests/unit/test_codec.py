@@ -200,3 +200,21 @@ def test_the_bytes_are_pinned(golden: Callable[[str, dict[str, object]], None]) 
             "ramp decoded, blake3": blake3(chosen.decode(data, 1000).astype("<f4").tobytes()).hexdigest(),
         }
     golden("codec", found)
+
+
+@given(data=st.binary(max_size=700), numel=st.integers(0, 600), name=st.sampled_from(["none", "int8", "int4"]))
+def test_a_peak_is_refused_exactly_where_decoding_is_and_bounds_what_is_decoded(
+    data: bytes, numel: int, name: codec.Name
+) -> None:
+    entry = codec.get(name)
+    data = data.ljust(entry.encoded_bytes(numel), b"\x01")[: entry.encoded_bytes(numel)]
+    try:
+        decoded = entry.decode(data, numel)
+    except InvalidDataError:
+        with pytest.raises(InvalidDataError):
+            entry.peak(data, numel)
+        return
+    assert float(np.abs(decoded).max(initial=0.0)) <= entry.peak(data, numel)
+    out = np.full(numel, 7, np.float32)
+    assert entry.decode(data, numel, out) is out
+    assert out.tobytes() == decoded.tobytes()

@@ -118,6 +118,21 @@ def test_cross_entropy() -> None:
     assert off(found, gradient) < 1e-6
 
 
+def test_many_small_probabilities_are_not_lost_in_the_heads_gradient() -> None:
+    tokens, vocabulary, width = 20, 2000, 32
+    w = normal(vocabulary, width, seed=1) + np.float32(1)  # what is lost adds up: all rows have a direction in common
+    x = normal(tokens, width)
+    d_logits = np.full((tokens, vocabulary), 1e-5, np.float32)
+    d_logits[:, 0] = -np.float32(1e-5) * (vocabulary - 1)
+    head = reference.Linear(reference.operand(x, 2), reference.operand(w, 2), 2)
+    expected = d_logits.astype(np.float64) @ w.astype(np.float64)
+    assert off(head.input_gradient(d_logits, rule.head_limbs(2)), expected) < ERROR[2]
+    d_logits[:, 1] = -np.float32(0.5)  # and a wrong answer that was sure of itself
+    expected = d_logits.astype(np.float64) @ w.astype(np.float64)
+    assert off(head.input_gradient(d_logits, rule.head_limbs(2)), expected) < ERROR[2]
+    assert off(head.input_gradient(d_logits), expected) > 10 * ERROR[2]
+
+
 def test_embedding() -> None:
     table, dx = normal(40, 8), normal(20, 8, seed=1)
     tokens = np.arange(20) % 7

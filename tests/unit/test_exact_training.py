@@ -105,6 +105,16 @@ def test_twenty_steps_end_where_they_always_did(golden: Callable[[str, dict[str,
     )
 
 
+@pytest.mark.parametrize("threads", [2, 3, 5])
+def test_the_number_of_threads_changes_no_bit(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("numba", reason="numba is optional")
+    monkeypatch.setattr("swarm_protocol.exact.compiled.team.WORTH_SHARING", 1)
+    spec = tiny()
+    expected = state_hash(spec, micro=4, steps=2)
+    torch.set_num_threads(threads)
+    assert state_hash(spec, micro=4, steps=2) == expected
+
+
 @pytest.mark.parametrize("micro", [2, 4, 5])
 def test_a_micro_batch_of_any_number_of_grains_changes_no_bit(micro: int) -> None:
     spec = tiny()
@@ -122,6 +132,43 @@ def test_segments_cut_a_round_anywhere() -> None:
     whole = run_segment(spec, start(spec), batch, 4)
     half = run_segment(spec, start(spec), batch, 2)
     assert segment.hash_of_states(run_segment(spec, half, batch, 4)) == segment.hash_of_states(whole)
+
+
+def test_a_trainer_is_used_again_for_the_next_segment_of_the_same_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[RunSpec] = []
+    initialise = Trainer.__init__
+    monkeypatch.setattr(Trainer, "__init__", lambda *args, **kw: (built.append(args[1]), initialise(*args, **kw))[1])
+    spec, other = tiny(), tiny(ADAMW)
+    run_segment(other, start(other), batch, 1)
+    built.clear()
+    half = run_segment(spec, start(spec), batch, 1)
+    end = run_segment(spec, half, batch, 2)
+    assert built == [spec]
+    run_segment(other, start(other), batch, 1)
+    assert run_segment(spec, half, batch, 2).parameters.tobytes() == end.parameters.tobytes()
+    assert built == [spec, other, spec]
+
+
+def test_threads_that_train_at_the_same_time_do_not_share_a_trainer() -> None:
+    spec = tiny()
+    expected = segment.hash_of_states(run_segment(spec, start(spec), batch, 2))
+    meet = threading.Barrier(2, timeout=60)
+    found: list[str] = []
+
+    def together(_step: int, _loss: float) -> None:
+        meet.wait()
+
+    def run() -> None:
+        torch.set_num_threads(1)
+        end = run_segment(spec, start(spec), batch, 2, on_step=together)
+        found.append(segment.hash_of_states(end))
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [expected, expected]
 
 
 @pytest.mark.parametrize(
@@ -166,20 +213,40 @@ def test_a_parameter_that_is_not_finite_or_too_large_is_refused(bad: float) -> N
             run_segment(spec, state, batch, 1)
 
 
-def test_a_thread_that_flushes_subnormals_is_refused() -> None:
+def test_a_thread_that_flushes_subnormals_is_refused_whoever_had_its_number_before() -> None:
     caught: list[BaseException] = []
+    numbers: list[int] = []
 
-    def run() -> None:
-        torch.set_flush_denormal(True)
+    def run(flush: bool) -> None:
+        numbers.append(threading.get_ident())
+        torch.set_flush_denormal(flush)
         try:
             trusted_backend("cpu")
         except UnsupportedPlatformError as error:
             caught.append(error)
 
+    for flush in (False, True):
+        thread = threading.Thread(target=run, args=(flush,))
+        thread.start()
+        thread.join()
+    assert len(caught) == 1, numbers
+    assert "known result" in str(caught[0])
+
+
+def test_threads_of_torch_that_flush_subnormals_are_noticed() -> None:
+    found: list[bool] = []
+
+    def run() -> None:
+        torch.set_num_threads(2)
+        torch.set_flush_denormal(True)
+        torch.ones(1 << 20).mul_(2)  # starts torch's second thread, which inherits the mode
+        torch.set_flush_denormal(False)
+        found.extend(segment.every_thread_rounds(threads) for threads in (2, 1))
+
     thread = threading.Thread(target=run)
     thread.start()
     thread.join()
-    assert "known result" in str(caught[0])
+    assert found == [False, True]
 
 
 def test_batches_and_models_that_do_not_fit_are_refused() -> None:
@@ -212,7 +279,7 @@ def test_the_compiled_passes_contain_no_fused_multiply_add() -> None:
     for kernel in (layers.finish, layers.swiglu_gradient, updates.adamw):
         again = numba.njit(kernel.signatures[0], error_model="numpy")(kernel.py_func)
         for text in again.inspect_asm().values():
-            assert "mul" in text
+            assert re.search("mul[ps]s|fmul", text)
             assert not re.search("fn?m(add|sub)|fmla|fmls", text)
 
 
@@ -246,10 +313,11 @@ def test_a_dispute_narrows_to_the_first_differing_operator(parameter: str, opera
             break
         offset += int(np.prod(shape))
     honest, other = start(spec), start(spec)
-    ours = bisect.observe_step(spec, honest, batch(0), grain_sequences=1)
-    assert bisect.first_differing_operator(ours, bisect.observe_step(spec, honest, batch(0), grain_sequences=1)) is None
+    _, ours = bisect.observe_step(spec, honest, batch(0), grain_sequences=1)
+    _, again = bisect.observe_step(spec, honest, batch(0), grain_sequences=1)
+    assert bisect.first_differing_operator(ours, again) is None
     other.parameters[offset] += np.float32(0.5)
-    theirs = bisect.observe_step(spec, other, batch(0), grain_sequences=1)
+    _, theirs = bisect.observe_step(spec, other, batch(0), grain_sequences=1)
     found = bisect.first_differing_operator(ours, theirs)
     assert found is not None
     assert (found.grain, found.operator) == (0, operator)

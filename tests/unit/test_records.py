@@ -61,6 +61,24 @@ ONE_OF_EACH: dict[str, Record] = {
         records.CommitmentSet(
             **NAME, plan=digest("plan"), commitments=(records.SlotHash(slot=1, hash=digest("commitment")),)
         ),
+        records.Sketches(
+            **NAME,
+            commitment_set=digest("set"),
+            commitment=digest("commitment"),
+            slot=1,
+            root=digest("sketches"),
+            blob=digest("sketch bytes"),
+        ),
+        records.SketchObjection(
+            **NAME, part=5, slot=1, sketches=digest("signed"), part_hash=digest("encoded part"), proof=(digest("step"),)
+        ),
+        records.SketchSet(
+            **NAME,
+            commitment_set=digest("set"),
+            counted=(records.SlotHash(slot=1, hash=digest("signed")), records.SlotHash(slot=3, hash=digest("other"))),
+            excluded=(records.SlotFault(slot=2, fault=records.SketchFault.FORGED),),
+            selected=(records.SlotWeight(slot=1, weight=20480),),
+        ),
         records.PartRecord(
             **NAME, part=5, commitment_set=digest("set"), result=digest("average"), size_bytes=1000, slots=(0, 1)
         ),
@@ -93,6 +111,7 @@ ONE_OF_EACH: dict[str, Record] = {
             steps_replayed=20,
             fingerprint=digest("runtime"),
         ),
+        records.Equivocation(**NAME, first=b"one signed record", second=b"another one"),
         records.Evaluation(**NAME, root=digest("root"), loss=5.5, tokens=8192),
     )
 }
@@ -112,6 +131,20 @@ def test_a_receipt_is_broken_by_a_record_that_leaves_its_slot_out() -> None:
     assert receipt.broken_by(without)
     for elsewhere in ({"part": 6}, {"round": record.round + 1}, {"run": digest("another run")}):
         assert not receipt.broken_by(without.model_copy(update=elsewhere))
+
+
+def test_a_receipt_by_sketches_is_broken_only_if_these_selected_its_slot() -> None:
+    receipt, record, closing = (ONE_OF_EACH[kind] for kind in ("part-receipt", "part-record", "sketch-set"))
+    assert isinstance(receipt, records.PartReceipt)
+    assert isinstance(record, records.PartRecord)
+    assert isinstance(closing, records.SketchSet)
+    without = record.model_copy(update={"slots": (0, 2)})
+    by_these = receipt.model_copy(update={"sketches": digest("signed")})
+    assert by_these.broken_by(without, closing)
+    assert not by_these.broken_by(record, closing)
+    assert not by_these.broken_by(without, closing.model_copy(update={"selected": ()}))
+    assert not by_these.model_copy(update={"sketches": digest("others")}).broken_by(without, closing)
+    assert not receipt.broken_by(without, closing)
 
 
 def test_records_are_pinned(golden: Callable[[str, dict[str, object]], None]) -> None:
@@ -173,6 +206,7 @@ manifests = st.builds(
     **names,
     plan=hashes,
     commitment_set=hashes,
+    sketches=st.none() | hashes,
     parts=st.lists(st.none() | hashes, min_size=1, max_size=20).map(tuple),
     base=hashes,
     root=hashes,

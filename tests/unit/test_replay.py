@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from swarm_protocol import parts, replay
+from swarm_protocol import parts, replay, sketch, sketching
 from swarm_protocol.errors import InvalidDataError
 from swarm_protocol.model import llama
-from swarm_protocol.records import Comparison, Outcome
+from swarm_protocol.records import Comparison, Outcome, Sketches
 from swarm_protocol.replay import Compared, compare, judge, relative_l2
 from swarm_protocol.spec import (
     AuditSpec,
@@ -25,11 +25,13 @@ from swarm_protocol.spec import (
     RunSpec,
     TrainingSpec,
 )
+from swarm_protocol.tolerances import Bounds
 from swarm_protocol.training import TrainState, run_segment
 
 Float32 = npt.NDArray[np.float32]
 ZERO = "0" * 64
-EQUAL = Compared(Comparison.EQUAL, 0.0, True)
+EQUAL = Compared(Comparison.EQUAL, 0.0)
+BOUNDS = Bounds(1e-4, 3e-4)
 
 
 def run_spec(**audit: Any) -> RunSpec:
@@ -83,14 +85,14 @@ def near(end: TrainState, start: TrainState, distance: float) -> TrainState:
 
 
 def test_a_replay_of_the_same_work_is_equal_and_accepted(start: TrainState, end: TrainState) -> None:
-    compared = compare(SPEC, start, end, run_segment(SPEC, start, batch, 5), same_fingerprint=True)
+    compared = compare(SPEC, start, end, run_segment(SPEC, start, batch, 5), bounds=BOUNDS)
     assert compared == EQUAL
-    assert judge(SPEC, [compared], parts_match=True).outcome is Outcome.ACCEPTED
+    assert judge([compared], bounds=BOUNDS, parts_match=True).outcome is Outcome.ACCEPTED
 
 
 def test_micro_batching_differs_in_bits_and_stays_within_the_tolerance(start: TrainState, end: TrainState) -> None:
     other = SPEC.model_copy(update={"training": SPEC.training.model_copy(update={"micro_sequences": 2})})
-    compared = compare(SPEC, start, run_segment(other, start, batch, 5), end, same_fingerprint=True)
+    compared = compare(SPEC, start, run_segment(other, start, batch, 5), end, bounds=BOUNDS)
     assert compared.comparison is Comparison.WITHIN
     assert 0 < compared.statistic < SPEC.audit.accept
 
@@ -103,24 +105,24 @@ def learning_rate_up(spec: RunSpec) -> RunSpec:
 
 def test_a_learning_rate_one_permille_higher_is_outside(start: TrainState, end: TrainState) -> None:
     claimed = run_segment(learning_rate_up(SPEC), start, batch, 5)
-    compared = compare(SPEC, start, claimed, end, same_fingerprint=True)
+    compared = compare(SPEC, start, claimed, end, bounds=BOUNDS)
     assert compared.comparison is Comparison.OUTSIDE
-    assert judge(SPEC, [compared], parts_match=True).outcome is Outcome.REJECTED
+    assert judge([compared], bounds=BOUNDS, parts_match=True).outcome is Outcome.REJECTED
 
 
 def test_made_up_work_of_the_right_norm_is_far_outside(start: TrainState, end: TrainState) -> None:
     delta = end.parameters - start.parameters
     made_up = np.random.default_rng(2).permutation(delta)
     claimed = replace(end, parameters=start.parameters + made_up)
-    compared = compare(SPEC, start, claimed, end, same_fingerprint=False)
+    compared = compare(SPEC, start, claimed, end, bounds=None)
     assert compared.statistic > 1
-    assert judge(SPEC, [compared], parts_match=True).outcome is Outcome.REJECTED
+    assert judge([compared], bounds=BOUNDS, parts_match=True).outcome is Outcome.REJECTED
 
 
 def test_forged_moments_are_found_even_where_they_are_small(start: TrainState, end: TrainState) -> None:
     moments = end.moments.copy()
     moments[-1000:] *= np.float32(1.01)  # AdamW's second moments, whose norm is far below Muon's momenta
-    compared = compare(SPEC, start, replace(end, moments=moments), end, same_fingerprint=True)
+    compared = compare(SPEC, start, replace(end, moments=moments), end, bounds=BOUNDS)
     assert compared.comparison is Comparison.OUTSIDE
 
 
@@ -135,10 +137,10 @@ def test_forged_moments_are_found_even_where_they_are_small(start: TrainState, e
 def test_the_bounds_decide(
     start: TrainState, end: TrainState, distance: float, comparison: Comparison, outcome: Outcome
 ) -> None:
-    compared = compare(SPEC, start, near(end, start, distance), end, same_fingerprint=True)
+    compared = compare(SPEC, start, near(end, start, distance), end, bounds=BOUNDS)
     assert compared.statistic == pytest.approx(distance, rel=0.05)
     assert compared.comparison is comparison
-    judgement = judge(SPEC, [EQUAL, compared, EQUAL], parts_match=True)
+    judgement = judge([EQUAL, compared, EQUAL], bounds=BOUNDS, parts_match=True)
     assert (judgement.outcome, judgement.comparison) == (outcome, comparison)
     assert "distance" in judgement.reason
 
@@ -147,22 +149,22 @@ def test_the_bounds_decide(
 def test_a_claim_that_is_not_finite_is_outside(start: TrainState, end: TrainState, bad: float) -> None:
     parameters = end.parameters.copy()
     parameters[7] = bad
-    compared = compare(SPEC, start, replace(end, parameters=parameters), end, same_fingerprint=False)
-    assert compared == Compared(Comparison.OUTSIDE, math.inf, False)
-    judgement = judge(SPEC, [compared], parts_match=True)
+    compared = compare(SPEC, start, replace(end, parameters=parameters), end, bounds=None)
+    assert compared == Compared(Comparison.OUTSIDE, math.inf)
+    judgement = judge([compared], bounds=BOUNDS, parts_match=True)
     assert judgement.outcome is Outcome.REJECTED
     assert judgement.statistic is None
     assert "not finite" in judgement.reason
 
 
 def test_a_state_of_another_step_is_outside(start: TrainState, end: TrainState) -> None:
-    compared = compare(SPEC, start, replace(end, step=4), end, same_fingerprint=True)
+    compared = compare(SPEC, start, replace(end, step=4), end, bounds=BOUNDS)
     assert compared.comparison is Comparison.OUTSIDE
 
 
 def test_a_claim_of_the_wrong_size_is_refused(start: TrainState, end: TrainState) -> None:
     with pytest.raises(InvalidDataError, match="moments"):
-        compare(SPEC, start, replace(end, moments=end.moments[1:]), end, same_fingerprint=True)
+        compare(SPEC, start, replace(end, moments=end.moments[1:]), end, bounds=BOUNDS)
 
 
 def test_parts_that_encode_something_else_are_a_rejection_of_their_own(start: TrainState, end: TrainState) -> None:
@@ -172,9 +174,29 @@ def test_parts_that_encode_something_else_are_a_rejection_of_their_own(start: Tr
     nudged = end.parameters.copy()
     nudged += np.float32(1e-3) * (start.parameters - end.parameters)
     assert not replay.parts_match(SPEC, start.parameters, nudged, root)
-    judgement = judge(SPEC, [EQUAL], parts_match=False)
+    judgement = judge([EQUAL], bounds=BOUNDS, parts_match=False)
     assert judgement.outcome is Outcome.REJECTED
     assert "parts" in judgement.reason
+
+
+def test_signed_sketches_of_other_parts_are_a_rejection_of_their_own(start: TrainState, end: TrainState) -> None:
+    def signed(final: Float32) -> Sketches:
+        made = sketching.of_parts(SPEC, bytes(32), parts.encode_parts(SPEC, start.parameters, final))
+        return Sketches(
+            run=SPEC.run_id, round=0, commitment_set=bytes(32), commitment=bytes(32), slot=0, root=sketch.root(made),
+            blob=bytes(32),
+        )  # fmt: skip
+
+    here = (SPEC, start.parameters, end.parameters)
+    assert replay.sketches_match(*here, None)
+    assert replay.sketches_match(*here, signed(end.parameters))
+    assert not replay.sketches_match(*here, signed(start.parameters))
+    for judgement in (
+        judge([EQUAL], bounds=BOUNDS, parts_match=True, sketches_match=False),
+        replay.judge_exact(trace_matches=True, parts_match=True, sketches_match=False),
+    ):
+        assert judgement.outcome is Outcome.REJECTED
+        assert "sketches" in judgement.reason
 
 
 def test_parameters_that_cannot_be_encoded_match_no_parts(start: TrainState) -> None:
@@ -182,21 +204,20 @@ def test_parameters_that_cannot_be_encoded_match_no_parts(start: TrainState) -> 
 
 
 @pytest.mark.parametrize(
-    ("statistic", "comparison", "outcome"),
+    ("distance", "comparison", "outcome"),
     [
         (0.0, Comparison.EQUAL, Outcome.ACCEPTED),
-        (1e-6, Comparison.WITHIN, Outcome.INCONCLUSIVE),
-        (1e-2, Comparison.OUTSIDE, Outcome.INCONCLUSIVE),
+        (1e-6, Comparison.DIFFERENT, Outcome.INCONCLUSIVE),
+        (1e-2, Comparison.DIFFERENT, Outcome.INCONCLUSIVE),
         (0.5, Comparison.OUTSIDE, Outcome.REJECTED),
     ],
 )
 def test_runtimes_that_are_not_calibrated_earn_nothing_unless_equal(
-    statistic: float, comparison: Comparison, outcome: Outcome
+    start: TrainState, end: TrainState, distance: float, comparison: Comparison, outcome: Outcome
 ) -> None:
-    compared = [Compared(comparison, statistic, False)]
-    assert judge(SPEC, compared, parts_match=True).outcome is outcome
-    calibrated = run_spec(tolerance_file="1" * 64)
-    assert judge(calibrated, compared, parts_match=True).outcome is not Outcome.INCONCLUSIVE
+    compared = compare(SPEC, start, near(end, start, distance), end, bounds=None)
+    assert compared.comparison is comparison
+    assert judge([compared], bounds=None, parts_match=True).outcome is outcome
 
 
 def test_evidence_that_was_not_served_is_unavailable() -> None:

@@ -26,6 +26,7 @@ from swarm_coordinator.round_events import (
     Resumed,
     RevealBeacon,
     Rooted,
+    Sketched,
     Tick,
 )
 from swarm_coordinator.rounds import Phase, Policy, State, advance
@@ -49,7 +50,12 @@ POLICY = Policy(
     tokens_per_step=64,
     weight_cap_tokens=512,
     weight_after=0,
+    aggregator="mean",
 )
+
+
+BY_DISTANCE = replace(POLICY, aggregator="geometric_median")
+"""A policy under which every round needs sketches."""
 
 
 def name(*numbers: int) -> bytes:
@@ -222,6 +228,20 @@ def test_of_several_averages_of_a_part_the_held_one_over_the_most_contributions_
     assert machine.give(Tick(), after_ms=8_000) == [RequestRoot(0, (name(2, 1), None))]
 
 
+def test_reducers_can_be_reached_and_have_standing_as_soon_as_anybody_has() -> None:
+    machine = Machine(replace(POLICY, weight_after=2, max_nodes=4, min_nodes=4))
+    offers = [{"can_reduce": False, "accepted": 5}, {"accepted": 1}, {"accepted": 0}, {}]
+    machine.give(*(machine.ready(peer, **offer) for peer, offer in zip(PEERS, offers, strict=False)))
+    (plan,) = [effect for effect in machine.effects if isinstance(effect, PublishPlan)]
+    assert {seat.peer for seat in plan.roster if seat.reducer} == set(PEERS[1:4])
+
+    machine = Machine(replace(POLICY, weight_after=2, max_nodes=4, min_nodes=4))
+    offers[2] = {"accepted": 2, "upload_bytes_per_s": 7}
+    machine.give(*(machine.ready(peer, **offer) for peer, offer in zip(PEERS, offers, strict=False)))
+    (plan,) = [effect for effect in machine.effects if isinstance(effect, PublishPlan)]
+    assert [(seat.peer, seat.upload_bytes_per_s) for seat in plan.roster if seat.reducer] == [(PEERS[2], 7)]
+
+
 @pytest.mark.parametrize(
     "event",
     [
@@ -248,6 +268,43 @@ def test_what_does_not_fit_the_exchange_leaves_it_as_it_was(event: Event) -> Non
         before.commitments,
         before.phase,
     )
+
+
+def test_the_exchange_closes_once_every_part_is_held_over_all_that_were_selected() -> None:
+    machine = Machine(BY_DISTANCE)
+    machine.to_exchanging(3)
+    early = PartPublished(name(8), 0, PEERS[0], (0, 2))
+    assert not machine.give(early, Sketched(name(6), (0, 2)))
+    assert (machine.state.sketch_set, machine.state.averages) == (name(6), ())
+    machine.give(PartPublished(name(7), 0, PEERS[0], (0, 1)))
+    assert not machine.state.averages
+    machine.give(PartPublished(name(2, 0), 0, PEERS[0], (0, 2)), PartPublished(name(2, 1), 1, PEERS[1], (0, 2)))
+    (request,) = machine.give(PartHeld(name(2, 0)), PartHeld(name(2, 1)))
+    assert request == RequestRoot(0, (name(2, 0), name(2, 1)))
+    (manifest,) = machine.give(Rooted(request.parts, name(3)))
+    assert manifest == PublishManifest(0, request.parts, BASE, name(3), name(6))
+    machine.give(Tick(), after_ms=2_000)
+    assert (machine.state.sketch_set, machine.state.selected) == (None, ())
+
+
+def test_a_sketch_set_counts_once_and_only_where_it_is_needed() -> None:
+    machine = Machine(BY_DISTANCE)
+    machine.to_exchanging(3)
+    machine.give(Sketched(name(5), (0, 3)), Sketched(name(6), (0, 1)), Sketched(name(7), (2,)))
+    assert (machine.state.sketch_set, machine.state.selected) == (name(6), (0, 1))
+    plain = Machine()
+    plain.to_exchanging()
+    plain.give(Sketched(name(6), (0,)))
+    assert plain.state.sketch_set is None
+
+
+def test_multi_krum_needs_sketches_from_seven_slots_with_weight_on() -> None:
+    peers = [bytes([number]) * 32 for number in range(1, 9)]
+    for strangers in (1, 2):  # who is new has no weight yet
+        machine = Machine(replace(POLICY, aggregator="multi_krum", max_nodes=8, weight_after=1))
+        machine.give(*(machine.ready(peer, accepted=int(index >= strangers)) for index, peer in enumerate(peers)))
+        machine.give(*(Committed(slot, name(1, slot)) for slot in range(8)))
+        assert machine.state.needs_sketches is (strangers == 1)
 
 
 def test_a_root_for_other_parts_seals_nothing() -> None:
@@ -316,7 +373,9 @@ ORDER = [PublishPlan, PublishCommitmentSet, RequestRoot, PublishManifest, Reveal
 Moves = list[tuple[str, int, int, int]]
 moves = st.lists(
     st.tuples(
-        st.sampled_from(["ready", "gone", "commit", "publish", "hold", "root", "open", "tick", "resume", "replay"]),
+        st.sampled_from(
+            ["ready", "gone", "commit", "select", "publish", "hold", "root", "open", "tick", "resume", "replay"]
+        ),
         st.integers(-1, 5),
         st.integers(-1, 3),
         st.integers(0, 12_000),
@@ -336,6 +395,8 @@ def event_of(state: State, kind: str, a: int, b: int, given_so_far: list[Event])
             return NodeGone(peer)
         case "commit":
             return Committed(a, name(1, a + 1, b + 1))
+        case "select":
+            return Sketched(name(6, a + 1), state.committed if b else state.committed[1:])
         case "publish":
             return PartPublished(name(2, a + 1, b + 1), b, peer, state.committed if a % 2 else state.committed[:1])
         case "hold":
@@ -352,8 +413,8 @@ def event_of(state: State, kind: str, a: int, b: int, given_so_far: list[Event])
             return Tick()
 
 
-def play(script: Moves) -> tuple[Machine, list[tuple[Event, int]]]:
-    machine = Machine()
+def play(script: Moves, policy: Policy = POLICY) -> tuple[Machine, list[tuple[Event, int]]]:
+    machine = Machine(policy)
     given: list[tuple[Event, int]] = []
     for kind, a, b, passed_ms in script:
         event = event_of(machine.state, kind, a, b, [event for event, _ in given])
@@ -376,18 +437,18 @@ def finish(machine: Machine) -> None:
 
 
 @settings(max_examples=150, deadline=None)
-@given(moves)
-def test_a_run_ends_whatever_happened_before(script: Moves) -> None:
-    machine, _ = play(script)
+@given(moves, st.sampled_from([POLICY, BY_DISTANCE]))
+def test_a_run_ends_whatever_happened_before(script: Moves, policy: Policy) -> None:
+    machine, _ = play(script, policy)
     finish(machine)
     assert machine.state.phase is Phase.FINISHED
     assert machine.state.round == POLICY.rounds
 
 
 @settings(max_examples=150, deadline=None)
-@given(moves)
-def test_effects_come_once_per_round_and_in_order(script: Moves) -> None:
-    machine, _ = play(script)
+@given(moves, st.sampled_from([POLICY, BY_DISTANCE]))
+def test_effects_come_once_per_round_and_in_order(script: Moves, policy: Policy) -> None:
+    machine, _ = play(script, policy)
     finish(machine)
     *steps, last = machine.effects
     assert last == Finish()
@@ -414,10 +475,12 @@ def test_no_contribution_counts_twice(script: Moves) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(moves)
-def test_the_same_events_at_the_same_times_give_the_same_run_also_from_a_stored_state(script: Moves) -> None:
-    machine, given = play(script)
-    state = State(POLICY, BASE)
+@given(moves, st.sampled_from([POLICY, BY_DISTANCE]))
+def test_the_same_events_at_the_same_times_give_the_same_run_also_from_a_stored_state(
+    script: Moves, policy: Policy
+) -> None:
+    machine, given = play(script, policy)
+    state = State(policy, BASE)
     for event, at_ms in given:
         state, _ = advance(decode_state(encode_state(state)), decode_event(encode_event(event)), at_ms)
     assert state == machine.state

@@ -93,7 +93,10 @@ def run_spec(**fields: Any) -> RunSpec:
         ),
         "audit": AuditSpec(
             probation=10,
-            rate=0.2,
+            floor=0.2,
+            budget=1.0,
+            horizon=20,
+            unavailable_window=20,
             accept=1e-4,
             reject=3e-4,
             evidence_s=60.0,
@@ -248,7 +251,7 @@ def test_bytes_that_are_not_canonical_or_too_many_are_refused() -> None:
         ("[outer]\nmomentum = 1.0", "outer.momentum", "less than 1"),
         ("[rounds]\nmin_nodes = 3\nmax_nodes = 2", "rounds", "min_nodes must not exceed max_nodes"),
         ("[rounds]\ntrain_s = 0", "rounds.train_s", "greater than or equal to 1"),
-        ("[audit]\nrate = 1.1", "audit.rate", "less than or equal to 1"),
+        ("[audit]\nfloor = 1.1", "audit.floor", "less than or equal to 1"),
         ("[audit]\naccept = 0.1\nreject = 0.01", "audit", "accept must not exceed reject"),
         ("[audit]\ntolerance_file = 'abc'", "audit.tolerance_file", "should match pattern"),
         ("[modle]\nhidden_size = 8", "modle", "Extra inputs are not permitted"),
@@ -267,13 +270,13 @@ def test_a_mistake_in_the_toml_is_explained_by_field_and_range(toml: str, field:
 
 def test_all_mistakes_are_named_at_once_with_what_was_found() -> None:
     with pytest.raises(ConfigurationError) as caught:
-        RunConfig.from_toml("seed = -5\n[outer]\nlr = 11.0\n[audit]\nrate = 'often'\n")
+        RunConfig.from_toml("seed = -5\n[outer]\nlr = 11.0\n[audit]\nfloor = 'often'\n")
     text = str(caught.value)
     assert "seed: " in text
     assert "(found -5)" in text
     assert "outer.lr: " in text
     assert "(found 11.0)" in text
-    assert "audit.rate: " in text
+    assert "audit.floor: " in text
     assert "(found 'often')" in text
 
 

@@ -211,9 +211,9 @@ def test_a_round_starts_with_a_fresh_optimizer() -> None:
 
 def test_segments_cover_the_steps_and_the_last_may_be_short() -> None:
     spec = run_spec()
-    assert training.segments(spec, 12) == [(0, 5), (5, 10), (10, 12)]
-    assert training.segments(spec, 5) == [(0, 5)]
-    assert training.segments(spec, 1) == [(0, 1)]
+    assert spec.segments(12) == [(0, 5), (5, 10), (10, 12)]
+    assert spec.segments(5) == [(0, 5)]
+    assert spec.segments(1) == [(0, 1)]
 
 
 def test_the_trace_root_binds_the_states_in_order() -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, Field
 
 from swarm_coordinator.rounds import Phase
-from swarm_protocol.records import Comparison, Outcome
+from swarm_protocol.records import Comparison, Outcome, SketchFault
 
 Hex = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="32 bytes in hex")]
 PeerID = Annotated[str, Field(description="libp2p PeerID", examples=["12D3KooW..."])]
@@ -32,6 +32,14 @@ class CheckpointName(BaseModel):
     root: Hex
 
 
+class Credit(BaseModel):
+    """Tokens of contributions."""
+
+    pending: int = Field(0, description="may still be forfeited")
+    settled: int = 0
+    forfeited: int = 0
+
+
 class NodeStatus(BaseModel):
     peer: PeerID
     name: str
@@ -43,6 +51,8 @@ class NodeStatus(BaseModel):
     accepted: int = Field(description="contributions that an audit accepted")
     rejected: int
     pending_audits: int = Field(description="drawn contributions without an outcome: evidence is still wanted")
+    probation: bool = Field(description="whether contributions are still audited whole, and all of them")
+    credit: Credit
 
 
 class RoundSummary(BaseModel):
@@ -86,6 +96,15 @@ class RejectedContribution(BaseModel):
     reason: str
 
 
+class EquivocationSummary(BaseModel):
+    peer: PeerID
+    name: str
+    round: int
+    kind: str = Field(description="of the two records that it signed under one name")
+    reporter: PeerID
+    report: Hex = Field(description="the signed report, which has both records")
+
+
 class RunStatus(BaseModel):
     run_id: Hex
     name: str
@@ -104,6 +123,7 @@ class RunStatus(BaseModel):
     evaluations: list[EvaluationSummary] = Field(description="by round; the newest 500")
     audits: AuditCounts
     rejected: list[RejectedContribution] = Field(description="oldest first; the newest 500")
+    equivocations: list[EquivocationSummary] = Field(description="proved ones, oldest first; the newest 500")
 
 
 class ReceiptModel(BaseModel):
@@ -117,6 +137,7 @@ class OpenAudit(BaseModel):
     slot: int
     peer: Hex = Field(description="the node's key")
     commitment: Hex
+    segments: list[int] = Field(description="what is replayed")
     verdicts: int = Field(description="how many other auditors have given one")
     turn: str = Field(description="the key of the auditor who should look next; others step in if it does not")
 
@@ -135,7 +156,12 @@ class SlotDetail(BaseModel):
     reducer: bool
     commitment: Hex | None
     train_loss: float | None = Field(description="what the node claims, nats per token")
+    selected: bool | None = Field(
+        description="by the round's sketches; null if it has no sketch set, or the slot no weight"
+    )
+    sketch_fault: SketchFault | None = Field(description="why its sketches do not count, where they do not")
     audit: Outcome | Literal["pending", "moot"] | None = Field(description="null if it was not drawn")
+    segments: list[int] | None = Field(description="what is replayed; null if it was not drawn")
 
 
 class PartRecordDetail(BaseModel):

@@ -9,13 +9,24 @@ from fastapi import APIRouter, Query, Response
 from swarm_coordinator.api.access import CBOR, RoundNumber, TheRun, Wait, binary, check_round, missing, polled
 from swarm_coordinator.api.models import OpenAudit, RoundDetail
 from swarm_coordinator.api.problems import documented
-from swarm_coordinator.api.status import round_detail
-from swarm_coordinator.auditing import whose_turn
-from swarm_coordinator.db.archive import Archive
+from swarm_coordinator.api.status import drawn_segments, round_detail
+from swarm_coordinator.db.archive import Archive, opened
 from swarm_coordinator.rounds import Phase
 from swarm_protocol import encoding
 from swarm_protocol.errors import RefusedError
-from swarm_protocol.records import BeaconReveal, CommitmentSet, Envelope, PartRecord, Role, encode_list
+from swarm_protocol.policy import whose_turn
+from swarm_protocol.records import (
+    Appointment,
+    BeaconReveal,
+    CommitmentSet,
+    Envelope,
+    PartRecord,
+    Role,
+    Sketches,
+    SketchObjection,
+    SketchSet,
+    encode_list,
+)
 
 router = APIRouter(prefix="/v1/runs/{run_id}")
 
@@ -85,6 +96,51 @@ async def part_records(
 
     found = await run.poll(f"part-records:{number}", query, wait_s)
     return Response(encode_list(found), media_type=CBOR) if found else Response(status_code=204)
+
+
+@router.get(
+    "/rounds/{number}/sketches",
+    tags=["rounds"],
+    summary="The sketches that senders have signed in a round, and objections to them",
+    description="Sketches and SketchObjections as they came in, without the first `after`. Waits until there is one; 204 if "
+    "there is none. The sketches themselves are chunks, by the hash in `blob`.",
+    response_class=Response,
+    responses=binary(CBOR, "a list of encoded Envelopes", may_be_empty=True),
+)
+async def sketches(
+    run: TheRun, number: RoundNumber, wait_s: Wait = 0.0, after: Annotated[int, Query(ge=0)] = 0
+) -> Response:
+    check_round(run.spec, number)
+
+    def query(archive: Archive) -> bytes | None:
+        rows = archive.of_round((Sketches.kind, SketchObjection.kind), number)[after:]
+        return encode_list([Envelope.decode(row.envelope) for row in rows]) if rows else None
+
+    return await polled(run, f"sketches:{number}", query, wait_s)
+
+
+@router.get(
+    "/rounds/{number}/sketch-set",
+    tags=["rounds"],
+    summary="Which sketches count in a round, and which slots they select",
+    description="Waits until the checkpoint worker has closed them. The first is its Appointment, the second the SketchSet, "
+    "then come the Sketches that count, in slot order.",
+    response_class=Response,
+    responses=binary(CBOR, "a list of encoded Envelopes", may_be_empty=True),
+)
+async def sketch_set(run: TheRun, number: RoundNumber, wait_s: Wait = 0.0) -> Response:
+    check_round(run.spec, number)
+
+    def query(archive: Archive) -> bytes | None:
+        rows = archive.of_round(SketchSet.kind, number)
+        if not rows:
+            return None
+        closing = opened(rows[0])
+        assert isinstance(closing, SketchSet)
+        appointed = _appointment(archive, rows[0].signer)
+        return _list(archive, [appointed, rows[0].hash, *(entry.hash for entry in closing.counted)])
+
+    return await polled(run, f"sketch-set:{number}", query, wait_s)
 
 
 @router.get(
@@ -180,13 +236,25 @@ async def audits(
                 slot=row.slot,
                 peer=row.peer.hex(),
                 commitment=row.commitment.hex(),
+                segments=drawn_segments(row),
                 verdicts=count,
-                turn=whose_turn(row.commitment, auditors, archive.verdicts(row.round, row.slot)).hex(),
+                turn=whose_turn(
+                    row.commitment, set(auditors) - {row.peer}, archive.verdicts(row.round, row.slot)
+                ).hex(),
             )
             for row, count in archive.open_audits(bytes.fromhex(auditor))
         ] or None
 
     return await run.poll("audits", query, wait_s) or []
+
+
+def _appointment(archive: Archive, key: bytes) -> bytes:
+    """The hash of the record that made this key the checkpoint worker."""
+    for row in archive.of_round(Appointment.kind, 0):
+        record = opened(row)
+        if isinstance(record, Appointment) and (record.role, record.key) == (Role.CHECKPOINT_WORKER, key):
+            return row.hash
+    raise LookupError("the database lost the appointment of the checkpoint worker")
 
 
 def _envelope(archive: Archive, digest: bytes) -> bytes:

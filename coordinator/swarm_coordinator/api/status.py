@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
+from swarm_coordinator import books
 from swarm_coordinator.api.models import (
     AuditCounts,
     CheckpointName,
     Comparisons,
+    Credit,
+    EquivocationSummary,
     EvaluationSummary,
     NodeStatus,
     PartRecordDetail,
@@ -29,10 +32,15 @@ from swarm_protocol.records import (
     Commitment,
     CommitmentSet,
     Comparison,
+    Envelope,
+    Equivocation,
     Evaluation,
     Outcome,
     PartRecord,
     RoundPlan,
+    SketchFault,
+    SketchSet,
+    parse,
 )
 from swarm_protocol.spec import RunSpec
 
@@ -65,11 +73,12 @@ def run_status(spec: RunSpec, state: State, archive: Archive) -> RunStatus:
         peers=_peers(archive),
         checkpoint=newest_checkpoint(spec, archive),
         parameters=spec.model.num_parameters,
-        nodes=_nodes(archive),
+        nodes=_nodes(spec, archive),
         history=[_round_summary(row, state.policy.parts) for row in archive.rounds(MAX_ITEMS)],
         evaluations=_evaluations(archive),
         audits=_audits(archive),
         rejected=_rejected(archive),
+        equivocations=_equivocations(archive),
     )
 
 
@@ -116,8 +125,16 @@ def _peers(archive: Archive) -> list[str]:
     return list(record.multiaddrs) if isinstance(record, Addresses) else []
 
 
-def _nodes(archive: Archive) -> list[NodeStatus]:
+def drawn_segments(row: AuditRow) -> list[int]:
+    """The segments that an audit replays."""
+    found = encoding.decode(row.segments, max_bytes=1 << 20)
+    assert isinstance(found, list)
+    return [int(index) for index in found if isinstance(index, int)]
+
+
+def _nodes(spec: RunSpec, archive: Archive) -> list[NodeStatus]:
     pending = archive.pending_audits()
+    credit = books.totals(archive.session, archive.run)
     return [
         NodeStatus(
             peer=peer_id(row.key),
@@ -130,6 +147,8 @@ def _nodes(archive: Archive) -> list[NodeStatus]:
             accepted=row.accepted,
             rejected=row.rejected,
             pending_audits=pending.get(row.key, 0),
+            probation=row.vouched_tokens // spec.standard_tokens < spec.audit.probation,
+            credit=Credit(**credit.get(row.key, {})),
         )
         for row in archive.nodes()
     ]
@@ -188,11 +207,37 @@ def _rejected(archive: Archive) -> list[RejectedContribution]:
     ]
 
 
+def _equivocations(archive: Archive) -> list[EquivocationSummary]:
+    found = []
+    for row in archive.newest(Equivocation.kind, MAX_ITEMS)[::-1]:
+        record = opened(row)
+        assert isinstance(record, Equivocation)
+        accused = Envelope.decode(record.first)
+        found.append(
+            EquivocationSummary(
+                peer=accused.peer,
+                name=_name(archive, accused.key),
+                round=record.round,
+                kind=parse(accused.body).kind,
+                reporter=peer_id(row.signer),
+                report=row.hash.hex(),
+            )
+        )
+    return found
+
+
 def _roster(archive: Archive, row: RoundRow, plan: RoundPlan) -> list[SlotDetail]:
     commitments: dict[int, Commitment] = {}
     if row.commitment_set is not None:
-        closing = archive.stored(CommitmentSet, row.commitment_set)
-        commitments = {entry.slot: archive.stored(Commitment, entry.hash) for entry in closing.commitments}
+        committed = archive.stored(CommitmentSet, row.commitment_set).commitments
+        commitments = {entry.slot: archive.stored(Commitment, entry.hash) for entry in committed}
+    closed = archive.of_round(SketchSet.kind, row.round)
+    closing = opened(closed[0]) if closed else None
+    known, faults, chosen = set[int](), dict[int, SketchFault](), set[int]()
+    if isinstance(closing, SketchSet):
+        faults = {one.slot: one.fault for one in closing.excluded}
+        known = {one.slot for one in closing.counted} | faults.keys()
+        chosen = {one.slot for one in closing.selected}
     slots = []
     for slot, seat in enumerate(plan.roster):
         commitment, audit = commitments.get(slot), archive.audit(plan.round, slot)
@@ -206,7 +251,10 @@ def _roster(archive: Archive, row: RoundRow, plan: RoundPlan) -> list[SlotDetail
                 reducer=seat.reducer,
                 commitment=None if commitment is None else commitment.hash.hex(),
                 train_loss=None if commitment is None else commitment.train_loss,
+                selected=slot in chosen if slot in known else None,
+                sketch_fault=faults.get(slot),
                 audit=None if audit is None else _audit_outcome(audit),
+                segments=None if audit is None else drawn_segments(audit),
             )
         )
     return slots

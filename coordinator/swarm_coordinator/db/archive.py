@@ -8,7 +8,16 @@ from typing import TypeVar
 from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
-from swarm_coordinator.db.tables import MOOT, AuditRow, NodeRow, OfficeRow, RecordRow, RoundRow, VerdictRow
+from swarm_coordinator.db.tables import (
+    MOOT,
+    AuditRow,
+    EquivocationRow,
+    NodeRow,
+    OfficeRow,
+    RecordRow,
+    RoundRow,
+    VerdictRow,
+)
 from swarm_protocol.records import Envelope, Outcome, Record, Role, parse
 
 R = TypeVar("R", bound=Record)
@@ -30,15 +39,25 @@ class Archive:
         query = select(RecordRow).filter_by(run=self.run, hash=digest).order_by(RecordRow.id).limit(1)
         return self.session.scalar(query)
 
-    def of_round(self, kind: str, round_number: int) -> Sequence[RecordRow]:
-        """A round's records of one kind, as they came in."""
-        query = select(RecordRow).filter_by(run=self.run, kind=kind, round=round_number).order_by(RecordRow.id)
-        return self.session.scalars(query).all()
+    def of_round(self, kind: str | tuple[str, ...], round_number: int) -> Sequence[RecordRow]:
+        """A round's records of one kind, or of several, as they came in."""
+        kinds = (kind,) if isinstance(kind, str) else kind
+        query = select(RecordRow).filter_by(run=self.run, round=round_number).where(RecordRow.kind.in_(kinds))
+        return self.session.scalars(query.order_by(RecordRow.id)).all()
 
     def newest(self, kind: str, limit: int) -> Sequence[RecordRow]:
         """The records of one kind that came in last, newest first."""
         query = select(RecordRow).filter_by(run=self.run, kind=kind).order_by(RecordRow.id.desc()).limit(limit)
         return self.session.scalars(query).all()
+
+    def count(self, kind: str, signer: bytes) -> int:
+        """How many records of a kind a key has signed."""
+        query = select(func.count()).select_from(RecordRow).filter_by(run=self.run, kind=kind, signer=signer)
+        return self.session.scalar(query) or 0
+
+    def equivocated(self, key: bytes) -> bool:
+        """Whether it is proved that this key signed two records under one name."""
+        return self.session.get(EquivocationRow, (self.run, key)) is not None
 
     def leaves(self, start: int, count: int) -> Sequence[RecordRow]:
         """Entries of the log, from leaf `start` on."""
@@ -110,7 +129,7 @@ class Archive:
         mine = verdicts.where(VerdictRow.auditor == auditor).scalar_subquery()
         query = (
             select(AuditRow, verdicts.scalar_subquery())
-            .where(AuditRow.run == self.run, AuditRow.outcome.is_(None), mine == 0)
+            .where(AuditRow.run == self.run, AuditRow.outcome.is_(None), AuditRow.peer != auditor, mine == 0)
             .order_by(AuditRow.round, AuditRow.slot)
         )
         return [(audit, count) for audit, count in self.session.execute(query)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,8 @@ class NodeRow(Base):
     accepted: Mapped[int] = mapped_column(default=0)
     rejected: Mapped[int] = mapped_column(default=0)
     unavailable: Mapped[int] = mapped_column(default=0)
+    vouched_tokens: Mapped[int] = mapped_column(default=0)
+    unavailable_rounds: Mapped[bytes] = mapped_column(default=b"\x80")
 
 
 class OfficeRow(Base):
@@ -106,7 +109,10 @@ class OfficeRow(Base):
 
 
 class RoundRow(Base):
-    """A round that was planned, filled in as it goes on. `parts` is the CBOR list of what it is sealed with."""
+    """A round that was planned, filled in as it goes on.
+
+    `parts` is the CBOR list of what it is sealed with, `vouched` that of the roster's vouched tokens when it was planned.
+    """
 
     __tablename__ = "rounds"
 
@@ -114,6 +120,7 @@ class RoundRow(Base):
     round: Mapped[int] = mapped_column(primary_key=True)
     slots: Mapped[int]
     plan: Mapped[bytes]
+    vouched: Mapped[bytes]
     committed: Mapped[int] = mapped_column(default=0)
     commitment_set: Mapped[bytes | None] = mapped_column(default=None)
     parts: Mapped[bytes | None] = mapped_column(default=None)
@@ -128,7 +135,10 @@ MOOT = "moot"
 
 
 class AuditRow(Base):
-    """A contribution that was drawn. `outcome` is None while auditors are at it; else a verdict's, or `MOOT`."""
+    """A contribution that was drawn; `segments` is the CBOR list of those that are replayed.
+
+    `outcome` is None while auditors are at it; else a verdict's, or `MOOT`.
+    """
 
     __tablename__ = "audits"
 
@@ -137,6 +147,7 @@ class AuditRow(Base):
     slot: Mapped[int] = mapped_column(primary_key=True)
     peer: Mapped[bytes]
     commitment: Mapped[bytes]
+    segments: Mapped[bytes]
     outcome: Mapped[str | None] = mapped_column(default=None)
     reason: Mapped[str | None] = mapped_column(default=None)
 
@@ -154,6 +165,36 @@ class VerdictRow(Base):
     comparison: Mapped[str | None]
     statistic: Mapped[float | None]
     reason: Mapped[str]
+
+
+class CreditStatus(StrEnum):
+    PENDING = "pending"
+    SETTLED = "settled"
+    FORFEITED = "forfeited"
+
+
+class CreditRow(Base):
+    """The credit of one contribution, in tokens."""
+
+    __tablename__ = "credit"
+
+    run: Mapped[bytes] = mapped_column(ForeignKey(RunRow.id), primary_key=True)
+    round: Mapped[int] = mapped_column(primary_key=True)
+    slot: Mapped[int] = mapped_column(primary_key=True)
+    peer: Mapped[bytes]
+    tokens: Mapped[int]
+    status: Mapped[str]
+    reason: Mapped[str | None] = mapped_column(default=None)
+
+
+class EquivocationRow(Base):
+    """A key that is proved to have signed two records under one name, and the first report of it, by its hash."""
+
+    __tablename__ = "equivocations"
+
+    run: Mapped[bytes] = mapped_column(ForeignKey(RunRow.id), primary_key=True)
+    key: Mapped[bytes] = mapped_column(primary_key=True)
+    report: Mapped[bytes]
 
 
 def open_database(path: Path) -> Engine:

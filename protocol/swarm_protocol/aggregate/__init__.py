@@ -43,6 +43,7 @@ __all__ = [
     "Mean",
     "Name",
     "bounded",
+    "clearly_bounded",
     "mean",
     "needs_sketches",
     "select",

@@ -6,25 +6,40 @@ with `reference`. Two honest machines never differ at all.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from blake3 import blake3
 
 from swarm_protocol.exact import rule
 from swarm_protocol.exact.segment import Trainer
 from swarm_protocol.spec import RunSpec
+from swarm_protocol.sums import of_squares as sum_of_squares
 from swarm_protocol.training import Tokens, TrainState
 
 
 @dataclass(frozen=True)
 class Observation:
-    """One operator's result: `grain` counts from 0, `operator` names layer and operator, `digest` is a BLAKE3 hash."""
+    """One operator's result: `grain` counts from 0, `operator` names layer and operator, `digest` is a BLAKE3 hash.
+
+    For people to look at: `norm`, the L2 norm, and `first`, the first four values.
+    """
 
     grain: int
     operator: str
     digest: bytes
+    norm: float
+    first: tuple[float, ...]
+
+    @classmethod
+    def of(cls, grain: int, operator: str, values: npt.NDArray[np.float32]) -> Observation:
+        flat = values.reshape(-1)
+        first = tuple(float(value) for value in flat[:4])
+        return cls(grain, operator, blake3(values.tobytes()).digest(), math.sqrt(sum_of_squares(flat)), first)
 
 
 def first_differing_step(ours: Callable[[int], bytes], theirs: Callable[[int], bytes], start: int, stop: int) -> int:
@@ -54,8 +69,8 @@ def observe_step(
     device: str = "cpu",
     limbs: int = 2,
     grain_sequences: int | None = None,
-) -> list[Observation]:
-    """Every operator of the inner step that follows `state`, grain by grain, and last of all the new state.
+) -> tuple[TrainState, list[Observation]]:
+    """The inner step that follows `state`: the state after it, and every operator, grain by grain, the optimizer last.
 
     Raises:
         As `run_segment`.
@@ -66,8 +81,8 @@ def observe_step(
     def observe(operator: str, result: torch.Tensor) -> None:
         nonlocal grain
         grain += operator == "embedding"
-        digest = blake3(result.detach().cpu().contiguous().numpy().tobytes()).digest()
-        found.append(Observation(grain, operator, digest))
+        values = result.detach().cpu().contiguous().numpy().astype(np.float32, copy=False)
+        found.append(Observation.of(grain, operator, values))
 
     sequences = grain_sequences or rule.default_grain(spec.model)
     trainer = Trainer(
@@ -75,8 +90,8 @@ def observe_step(
     )
     end = trainer.run(state, lambda _: tokens, state.step + 1)
     for operator, vector in (("optimizer, parameters", end.parameters), ("optimizer, moments", end.moments)):
-        found.append(Observation(grain, operator, blake3(vector.tobytes()).digest()))
-    return found
+        found.append(Observation.of(grain, operator, vector))
+    return end, found
 
 
 def first_differing_operator(ours: Sequence[Observation], theirs: Sequence[Observation]) -> Observation | None:

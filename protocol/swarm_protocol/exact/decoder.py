@@ -80,6 +80,8 @@ class Decoder:
     ) -> None:
         """`observe` is told the name of every operator and its result, in the order of the computation."""
         self._model, self._products, self._passes, self._scratch = model, products, passes, scratch
+        self._head_limbs = rule.head_limbs(limbs)
+        self._head_products = products.of(self._head_limbs)
         self._observe = observe or (lambda _name, _result: None)
         self._limbs, self._status = limbs, status
         self._positions = model.max_position_embeddings
@@ -215,7 +217,10 @@ class Decoder:
         """The gradient of x [T, K], valid until the next call with the same K; the weight's goes to `gradients`."""
         count, width = dy.shape
         weight, gradient = self._weights[key], self._gradients[key]
-        rows = self._scratch.limbs("gradient rows", self._limbs, count, width)
+        row_limbs, products = self._limbs, self._products
+        if key == self._head:
+            row_limbs, products = self._head_limbs, self._head_products
+        rows = self._scratch.limbs("gradient rows", row_limbs, count, width)
         columns = self._scratch.int8("gradient columns", self._limbs, count, width)
         grains = -(-count // self._grain)
         columns_e = self._scratch.int32("gradient columns", grains, width)
@@ -228,7 +233,7 @@ class Decoder:
             self._products(columns[:, part].mT, columns_e[index], x.planes[:, part], None, gradient, keep=kept)
         self._observe(f"{key}: gradient of the weight", gradient)
         dx = self._scratch.floats("gradient of x", count, weight.planes.shape[2])
-        self._products(rows.planes, rows.e, weight.planes, None, dx)
+        products(rows.planes, rows.e, weight.planes, None, dx)
         return dx
 
     def _norm(self, name: str, x: Tensor, gain: str) -> tuple[Tensor, Limbs]:

@@ -25,12 +25,34 @@ _FLOAT_RUN = 1 << 12
 
 
 def multiply_int8(a: Tensor, b: Tensor, out: Tensor) -> None:
-    if (
-        1 in a.shape or 1 in b.shape
-    ):  # torch 2.13 takes such a matrix's strides for those of a transpose, and misreads it
+    if a.is_cuda:
+        rows, columns = padded_for_cuda(a, b)
+        if (len(rows), columns.shape[1]) == out.shape:
+            torch._int_mm(rows, columns, out=out)
+        else:
+            out.copy_(torch._int_mm(rows, columns)[: out.shape[0], : out.shape[1]])
+    elif 1 in a.shape or 1 in b.shape:  # torch 2.13 takes such a matrix's strides for those of a transpose
         multiply_float(a, b, out)
     else:
         torch._int_mm(a, b, out=out)
+
+
+def padded_for_cuda(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """a [M, K] and b [K, N] as cuBLAS's int8 kernels take them: a by rows, b by columns, with zeros to multiples of 8.
+
+    And more than 16 rows. The product of the two is that of a and b in its first M rows and N columns.
+    """
+    return _with_zeros(a, max(24, len(a))), _with_zeros(b.mT, b.shape[1]).mT
+
+
+def _with_zeros(x: Tensor, rows: int) -> Tensor:
+    """At least `rows` rows, by rows, with both sizes multiples of 8; x itself where it is that already."""
+    rows, columns = (-(-size // 8) * 8 for size in (rows, x.shape[1]))
+    if x.shape == (rows, columns):
+        return x.contiguous()
+    padded = x.new_zeros(rows, columns)
+    padded[: len(x), : x.shape[1]] = x
+    return padded
 
 
 def multiply_float(a: Tensor, b: Tensor, out: Tensor) -> None:
@@ -86,18 +108,27 @@ class Scratch:
 
 
 class Products:
-    """Products of limbs of one count, on one backend."""
+    """Products of limbs of one count, on one backend. Right operands may have fewer: their lowest limbs are zero then."""
 
     def __init__(self, passes: Passes, multiply: Multiply, limbs: int, scratch: Scratch) -> None:
         self._passes, self._multiply, self._scratch = passes, multiply, scratch
+        self._limbs = limbs
         self._pairs = rule.limb_pairs(limbs)
         self._unscale = rule.product_bits(limbs)
+
+    def of(self, limbs: int) -> Products:
+        """The same with so many limbs."""
+        return self if limbs == self._limbs else Products(self._passes, self._multiply, limbs, self._scratch)
 
     def integers(self, a: Tensor, b: Tensor) -> Tensor:
         """Every needed product of limbs of a [L, M, K] and b [L, K, N]: int32 [pairs, M, N], valid until the next call."""
         out = self._scratch.integers(len(self._pairs), a.shape[1], b.shape[2])
-        for index, (i, j) in enumerate(self._pairs):
-            self._multiply(a[i], b[j], out[index])
+        left, right = a.unbind(), b.unbind()  # once, since every view costs a microsecond
+        for (i, j), s in zip(self._pairs, out.unbind(), strict=True):
+            if j < len(right):
+                self._multiply(left[i], right[j], s)
+            else:
+                s.zero_()
         return out
 
     def __call__(

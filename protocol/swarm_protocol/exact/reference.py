@@ -134,8 +134,11 @@ class Linear:
     def forward(self) -> Float32:
         return product(self.x.limbs(self.limbs), self.x.e, [limb.T for limb in self.w.limbs(self.limbs)], self.w.e)
 
-    def input_gradient(self, dy: Float32) -> Float32:
-        return times_operand(dy * self.w.scales[None, :], self.w, self.limbs)
+    def input_gradient(self, dy: Float32, row_limbs: int | None = None) -> Float32:
+        """`row_limbs` of dy's rows, where they are more than elsewhere; W's further limbs are zero."""
+        limbs = row_limbs or self.limbs
+        w = Operand(self.w.q << rule.LIMB_BITS * (limbs - self.limbs), self.w.e)
+        return times_operand(dy * self.w.scales[None, :], w, limbs)
 
     def weight_gradient(self, dy: Float32, grain_tokens: int) -> Float32:
         """Grain by grain, added in grain order."""

@@ -93,7 +93,7 @@ def backward(
         total = F(total + sum_by_halves(losses[start : start + grain]) * F(share))
 
     head_gradient = head.weight_gradient(d_logits, grain)
-    dy = head.input_gradient(d_logits)
+    dy = head.input_gradient(d_logits, rule.head_limbs(limbs))
     grads["model.norm.weight"] = gain_gradient(dy, n)
     dx = rms_norm_gradient(dy, n, r, p["model.norm.weight"])
     for layer, n1, r1, qkv, heads, attended, o, n2, r2, gate_up, gate, up, down in reversed(saved):

@@ -62,6 +62,15 @@ def limb_pairs(limbs: int) -> list[tuple[int, int]]:
     return sorted(((i, j) for i in range(limbs) for j in range(limbs)), key=sum)
 
 
+def head_limbs(limbs: int) -> int:
+    """Limbs of the loss gradient's rows where the head's input gradient is made: one more than elsewhere, at most 3.
+
+    A row holds probabilities beside the target's, which is about 1. Of two limbs all below 2^-14 would vanish, always in the
+    same direction, and their sum is not small: it was a relative error of 1e-2 in every gradient.
+    """
+    return min(3, limbs + 1)
+
+
 def product_bits(limbs: int) -> int:
     """Bits after the binary point of the integers that a product sums."""
     return 2 * fraction_bits(limbs)

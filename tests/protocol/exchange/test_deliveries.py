@@ -7,11 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from swarm_node import exchange as exchanges
 from swarm_node import reducing
 from swarm_protocol import encoding
-from swarm_protocol.errors import RefusedError
+from swarm_protocol.calls import Call
+from swarm_protocol.errors import RefusedError, SwarmError
 from swarm_protocol.records import PartRecord
 
 # hivemind's ways; see test_peers.
@@ -103,6 +106,39 @@ def test_a_delivery_with_a_fault_is_refused(begin: Begin, fault: str) -> None:
     with pytest.raises(RefusedError, match=reason):
         delivery.send()
     assert delivery.taken == []
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers(-(1 << 63), (1 << 63) - 1) | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=8) | st.binary(max_size=40),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    max_leaves=8,
+)  # fmt: skip
+
+
+def test_whatever_a_header_says_it_is_refused_or_it_is_right(begin: Begin) -> None:
+    round = begin()
+    reducer, sender = round.nodes[0], round.nodes[1]
+    right = Delivery(round).header
+
+    fields = st.sampled_from(["part", "slot", "proof", "round", "hash"])
+
+    @given(header=st.dictionaries(fields, anything), body=st.binary(max_size=50))
+    def deliver(header: dict[str, Any], body: bytes) -> None:
+        async def receive(use: Callable[[bytes], object]) -> object:
+            return use(body)
+
+        async def main() -> None:
+            exchange = reducer.exchange()
+            call = Call(sender.plane.identity.public_key, {**right, **header}, len(body), receive)
+            # What a call's dispatch turns into a refusal; anything else would be a fault of ours.
+            with pytest.raises((SwarmError, KeyError, TypeError, ValueError)):
+                await exchange.reducer.receive(call)
+            assert not exchange.reducer.tasks
+
+        round.swarm.run(main())
+
+    deliver()
 
 
 def test_a_part_is_taken_only_from_the_holder_of_its_slot(begin: Begin) -> None:
@@ -224,6 +260,6 @@ def test_parts_are_served_by_their_hash_and_nothing_else_is(begin: Begin) -> Non
     node.mine.part_path(2).unlink()
     with pytest.raises(RefusedError, match="no longer kept"):
         get(node.mine.part_hashes[2])
-    node.evidence.prune(ROUND + 1)
+    node.evidence.forget([ROUND])
     with pytest.raises(RefusedError, match="nothing of that hash"):
         get(node.mine.part_hashes[1])

@@ -69,6 +69,19 @@ L0, L1, L2, L3, L4, L5, L6, L7, L8 = (f32(c) for c in rule.LOG_POLYNOMIAL)
 SQRT_HALF = f32(0.70710678)
 LEAF = rule.LEAF
 SCATTER_BITS = rule.SCATTER_BITS
+ROWS = 32
+"""Rows per task: a power of two, so that whole levels of a sum by pairs lie inside a task."""
+
+
+@kernel
+def tasks_of(rows: int) -> int:
+    return (rows + ROWS - 1) // ROWS
+
+
+@kernel
+def rows_of(task: int, rows: int) -> Any:
+    """The first row of a task, and the first that is not its any more."""
+    return task * ROWS, min((task + 1) * ROWS, rows)
 
 
 @kernel
@@ -159,21 +172,41 @@ def row_digits(x: Array, scale: Any, planes: Array, t: int) -> None:
 
 
 @kernel
-def row_limbs(x: Array, planes: Array, t: int, status: Array) -> Any:
-    """A row as limbs with its own scale, whose exponent is returned, and kept in `status` where it is the highest."""
+def row_limbs(x: Array, planes: Array, t: int) -> Any:
+    """A row as limbs with its own scale, whose exponent is returned."""
     e = exponent(magnitude_of(x))
-    status[0] = max(status[0], e)
     row_digits(x, power_of_two(i32(i32(7 * planes.shape[0] - 1) - e)), planes, t)
     return e
 
 
 @kernel
-def column_scales(largest: Array, bits: int, e: Array, scale: Array, status: Array) -> None:
-    """Exponents and scales of columns from the bits of their largest magnitudes."""
-    for j in range(largest.shape[0]):
-        e[j] = exponent(largest[j])
-        status[0] = max(status[0], e[j])
+def raise_status(e: Array, status: Array) -> None:
+    """Keep the highest of the exponents in `status`. Not in a task: others would do the same at the same time."""
+    highest = status[0]
+    for j in range(e.shape[0]):
+        highest = e[j] if e[j] > highest else highest
+    status[0] = highest
+
+
+@kernel
+def column_scales(largest: Array, bits: int, e: Array, scale: Array) -> None:
+    """Exponents and scales of columns from the bits of their largest magnitudes, in which each task has a row."""
+    top = largest[0]
+    for task in range(1, largest.shape[0]):
+        row = largest[task]
+        for j in range(top.shape[0]):
+            top[j] = row[j] if row[j] > top[j] else top[j]
+    for j in range(top.shape[0]):
+        e[j] = exponent(top[j])
         scale[j] = power_of_two(i32(i32(bits) - e[j]))
+
+
+@kernel
+def powers_of_two(e: Array) -> Array:
+    powers = np.empty(e.shape[0], f32)
+    for j in range(e.shape[0]):
+        powers[j] = power_of_two(e[j])
+    return powers
 
 
 @kernel

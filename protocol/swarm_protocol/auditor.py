@@ -1,0 +1,195 @@
+"""The auditor: replays contributions that were drawn, compares, and signs a verdict. A process of its own, on any machine.
+
+It takes what the coordinator lists as open, fetches the claimed states from the node that made them, each piece checked
+against the node's commitment, trains the same slot from the same checkpoint on the same data, and says how the two compare.
+Auditors seldom do the same work twice, except where a rejection needs a second one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from swarm_protocol import audit, data, fetch, gathering, replay, training
+from swarm_protocol.audit import Claims, Finding, Subject
+from swarm_protocol.client import CoordinatorClient, persist
+from swarm_protocol.errors import InvalidDataError, RefusedError, UnreachableError
+from swarm_protocol.fingerprint import fingerprint_hash, runtime_fingerprint
+from swarm_protocol.gathering import Subjects
+from swarm_protocol.identity import Identity
+from swarm_protocol.peers import PeerPlane
+from swarm_protocol.records import Outcome, Verdict
+from swarm_protocol.replay import Judgement
+from swarm_protocol.signing import SigningLedger
+from swarm_protocol.tolerances import Tolerances
+from swarm_protocol.training import Tokens
+
+log = logging.getLogger(__name__)
+
+PATIENCE_S = 24 * 3600.0
+START_PATIENCE_S = 120.0
+POLL_S = 10.0
+PAUSE_S = 0.25
+RETRY_S = 5.0
+AT_ONCE = 8
+
+T = TypeVar("T")
+
+
+async def run(directory: Path, url: str, key_path: Path, *, threads: int = 1) -> None:
+    """Audit until cancelled, with the key in `key_path`; caches data and checkpoints beside it.
+
+    Raises:
+        SwarmError: the run cannot be audited from here.
+    """
+    identity = Identity.load(key_path)
+    folder = directory / "auditors" / identity.peer_id[-12:]
+    client = await persist(lambda: CoordinatorClient.connect(url), deadline_s=START_PATIENCE_S)
+    async with client:
+        bootstrap = await persist(lambda: _bootstrap(client), deadline_s=START_PATIENCE_S)
+        training.configure(threads)
+        plane = await PeerPlane.start(key_path, client.spec.run_id, initial_peers=bootstrap, client_only=True)
+        try:
+            with SigningLedger(folder / "signed.db", identity) as ledger:
+                await Auditor(client, plane, ledger, folder, threads=threads).run()
+        finally:
+            await plane.close()
+
+
+async def _bootstrap(client: CoordinatorClient) -> list[str]:
+    peers = (await client.status())["peers"]
+    if not peers:
+        raise UnreachableError("the run's peer plane is not up yet")
+    return [str(peer) for peer in peers]
+
+
+class Auditor:
+    """One auditor of one run."""
+
+    def __init__(
+        self,
+        client: CoordinatorClient,
+        plane: PeerPlane,
+        ledger: SigningLedger,
+        folder: Path,
+        *,
+        device: str = "cpu",
+        threads: int,
+    ) -> None:
+        self._client = client
+        self._spec = client.spec
+        self._plane = plane
+        self._ledger = ledger
+        self._key = ledger.identity.public_key
+        self._folder = folder
+        self._device = device
+        self._fingerprint = fingerprint_hash(runtime_fingerprint(device, threads))
+        self._subjects = Subjects(client)
+        self._first_seen: dict[tuple[int, int], float] = {}
+        self._under_way: set[tuple[int, int]] = set()
+        self._replaying = asyncio.Lock()
+        self._tolerances: Tolerances | None = None
+
+    async def run(self) -> None:
+        """Audit whatever is open, until cancelled. Evidence of several is fetched at once; one replays at a time."""
+        shards = await self._patiently(lambda: fetch.Shards.open(self._client, self._folder / "shards"))
+        self._tolerances = await self._patiently(lambda: fetch.tolerances(self._client))
+        async with asyncio.TaskGroup() as tasks:
+            while True:
+                open_audits = await self._patiently(lambda: self._client.open_audits(self._key, wait_s=POLL_S))
+                for wanted in self._due(open_audits)[: AT_ONCE - len(self._under_way)]:
+                    name = (int(wanted["round"]), int(wanted["slot"]))
+                    self._under_way.add(name)
+                    tasks.create_task(self._audit(wanted, shards)).add_done_callback(partial(self._ended, name))
+                await asyncio.sleep(PAUSE_S)
+
+    def _ended(self, name: tuple[int, int], _: asyncio.Task[None]) -> None:
+        self._under_way.discard(name)
+
+    def _due(self, audits: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The audits to begin now, oldest first: where it is our turn, or was another's for too long."""
+        now = time.monotonic()
+        names = [(int(wanted["round"]), int(wanted["slot"])) for wanted in audits]
+        self._first_seen = {name: self._first_seen.get(name, now) for name in names}
+        return [
+            wanted
+            for name, wanted in zip(names, audits, strict=True)
+            if name not in self._under_way
+            and (wanted["turn"] == self._key.hex() or now - self._first_seen[name] > self._spec.audit.evidence_s)
+        ]
+
+    async def _audit(self, wanted: dict[str, Any], shards: fetch.Shards) -> None:
+        round_number, slot = int(wanted["round"]), int(wanted["slot"])
+        started = time.monotonic()
+        try:
+            subject = await self._patiently(
+                lambda: self._subjects.find(round_number, slot, bytes.fromhex(wanted["commitment"]))
+            )
+            segments = [int(index) for index in wanted["segments"]]
+            if not segments or not 0 <= min(segments) <= max(segments) < len(subject.segments):
+                raise InvalidDataError("the audit names segments that do not exist")
+            needed = data.shards_of(self._spec, subject.plan, slot, shards.manifest)
+            await self._patiently(lambda: shards.ensure(needed))
+            finding = await self._examine(subject, segments, shards)
+        except (RefusedError, InvalidDataError) as error:
+            log.warning("round %d slot %d cannot be audited here: %s", round_number, slot, error)
+            await asyncio.sleep(RETRY_S)
+            return
+        judgement = finding.judgement
+        verdict = Verdict(
+            run=self._spec.run_id,
+            round=round_number,
+            sequence=slot,
+            slot=slot,
+            commitment=subject.commitment.hash,
+            outcome=judgement.outcome,
+            comparison=judgement.comparison,
+            statistic=judgement.statistic,
+            reason=judgement.reason[:500],
+            steps_replayed=finding.steps_replayed,
+            fingerprint=self._fingerprint,
+        )
+        earlier = self._ledger.find(self._spec.run_id, Verdict.kind, round_number, slot)
+        envelope = earlier or self._ledger.sign(verdict)
+        try:
+            await self._patiently(lambda: self._client.post(envelope))
+        except RefusedError as error:
+            log.info("the verdict on round %d slot %d is no longer wanted: %s", round_number, slot, error)
+        log.info("round %d slot %d: %s in %.1f s", round_number, slot, judgement.reason, time.monotonic() - started)
+
+    async def _examine(self, subject: Subject, drawn: list[int], shards: fetch.Shards) -> Finding:
+        """Fetch what the node has to show, replay, and judge. With exact numerics all can be made again without the node."""
+        claims: Claims | None = None
+        needed = subject.needed_states(drawn)
+        if needed:
+            end = time.monotonic() + self._spec.audit.evidence_s
+            while claims is None:
+                try:
+                    claims = await gathering.claims(self._plane, subject, needed)
+                except (InvalidDataError, UnreachableError, RefusedError) as error:
+                    if self._spec.numerics == "exact":
+                        break
+                    if isinstance(error, InvalidDataError):
+                        reason = f"the evidence is not what was committed to: {error}"
+                        return Finding(Judgement(Outcome.REJECTED, None, None, reason), 0, {})
+                    if time.monotonic() > end:
+                        return Finding(replay.unavailable("its states"), 0, {})
+                    log.info("round %d slot %d: %s; asking again", subject.plan.round, subject.slot, error)
+                    await asyncio.sleep(1.0)
+
+        def batch(step: int) -> Tokens:
+            return data.batch(self._spec, subject.plan, subject.slot, step, shards.dataset)
+
+        async with self._replaying:
+            return await asyncio.to_thread(
+                audit.examine, subject, drawn, claims, batch,
+                fingerprint=self._fingerprint, tolerances=self._tolerances, device=self._device,
+            )  # fmt: skip
+
+    async def _patiently(self, attempt: Callable[[], Awaitable[T]]) -> T:
+        return await persist(attempt, deadline_s=PATIENCE_S)

@@ -1,0 +1,72 @@
+"""Anyone replays a run at home: `swarm-node verify`, against a coordinator and nodes that are really there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.swarm
+
+Start = Callable[..., Any]
+
+
+def verify(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "swarm_node", "verify", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=180, env=os.environ | environment)
+
+
+def replayed(done: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])["contributions"]
+    return found
+
+
+def test_an_exact_run_is_verified_by_anyone_and_a_cheat_is_seen_by_all(start_run: Start, tmp_path: Path) -> None:
+    run = start_run(numerics="exact", rounds=2, min_nodes=3)
+    run.serve()
+    for name in ("a", "b"):
+        run.join(name)
+    run.join("c", "--cheat", "flipped-bit")
+    run.ends()
+    slots = run.round(0)["slots"]
+
+    honest = verify("run", run.url, "--round", 0, "--slot", slots["a"], "--json", ATEN_CPU_CAPABILITY="default")
+    assert honest.returncode == 0, honest.stdout + honest.stderr
+    assert [one["comparison"] for one in replayed(honest)] == ["equal"]
+
+    everybody = verify("run", run.url, "--round", 0, "--json", "--threads", 2)
+    assert everybody.returncode == 1
+    outcomes = {one["name"]: one["outcome"] for one in replayed(everybody)}
+    assert outcomes == {"a": "accepted", "b": "accepted", "c": "rejected"}
+
+    traces = [tmp_path / name for name in ("one.trace", "two.trace")]
+    for path, capability in zip(traces, ("default", "avx2"), strict=True):
+        traced = verify(
+            "trace", run.url, "--round", 0, "--slot", slots["a"], "--out", path, ATEN_CPU_CAPABILITY=capability
+        )
+        assert traced.returncode == 0, traced.stdout + traced.stderr
+        assert "equal to what the node committed to" in " ".join(traced.stdout.split())
+    same = verify("bisect", *traces)
+    assert same.returncode == 0, same.stdout + same.stderr
+    assert "equal in all" in same.stdout
+
+
+def test_a_native_run_is_verified_while_its_nodes_keep_their_states(start_run: Start) -> None:
+    run = start_run(rounds=2, min_nodes=2)
+    run.serve()
+    for name in ("a", "b"):
+        run.join(name)
+    run.ends()
+    found = verify("run", run.url, "--sample", 2, "--json", "--threads", 1)
+    # The nodes are gone: equal bits are all that could vouch for them, and on this machine they are equal.
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert {one["outcome"] for one in replayed(found)} == {"accepted"}
+    elsewhere = verify("run", run.url, "--sample", 1, "--json", ATEN_CPU_CAPABILITY="default")
+    assert elsewhere.returncode == 1
+    assert "expired" in replayed(elsewhere)[0]["reason"]

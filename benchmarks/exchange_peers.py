@@ -143,6 +143,10 @@ class OwnParts(Evidence):
             return self.mine.part(self.mine.part_hashes.index(digest))
         return super().find(digest)
 
+    def view(self, digest: bytes) -> memoryview | None:
+        found = self.find(digest) if self.mine is not None and digest in self.mine.part_hashes else None
+        return super().view(digest) if found is None else memoryview(found)
+
 
 class _Node:
     """One round of one peer."""

@@ -192,4 +192,4 @@ class _Gathering:
         except (UnreachableError, RefusedError, InvalidDataError) as error:
             log.info("%s: %s", peer_id(peer), error)
             return None
-        return body
+        return bytes(body)

@@ -253,7 +253,7 @@ class Selecting:
                     timeout_s=max(1.0, ATTEMPT_SHARE * self._exchange_s),
                 )
                 if await asyncio.to_thread(content_hash, found) == digest:
-                    return found
+                    return bytes(found)
                 log.warning("%s serves other bytes than those of their hash", peer_id(source))
             except (UnreachableError, RefusedError, InvalidDataError) as error:
                 log.info("round %d: %s", self._plan.round, error)

@@ -243,7 +243,7 @@ class CheckpointWorker:
                     timeout_s=min(FETCH_TIMEOUT_S, max(1.0, ATTEMPT_SHARE * self._spec.rounds.exchange_s)),
                 )
                 if content_hash(found) == record.result:
-                    return found
+                    return bytes(found)
                 log.warning("%s serves other bytes for part %d than its record names", peer_id(source), record.part)
             except (UnreachableError, RefusedError, InvalidDataError) as error:
                 log.info("part %d of round %d: %s", record.part, record.round, error)

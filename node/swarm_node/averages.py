@@ -23,6 +23,7 @@ from swarm_node.evidence import Evidence
 from swarm_node.folder import RunFolder
 from swarm_node.measured import Measured
 from swarm_protocol import chunks, parts
+from swarm_protocol.calls import Bytes
 from swarm_protocol.checkpoint import decode_average
 from swarm_protocol.client import CoordinatorClient, SealedRound
 from swarm_protocol.errors import InvalidDataError, RefusedError, UnreachableError
@@ -155,21 +156,26 @@ class Averages:
             await asyncio.shield(decoding)
             self._measured.fetch.add(time.monotonic() - started)
 
-    def _decode(self, record: PartRecord, data: bytes | bytearray) -> None:
+    def _decode(self, record: PartRecord, data: Bytes) -> None:
         """Keep an average, and decode it into the vector. Blocking."""
         path = self._folder.work(record.round) / f"average-{record.result.hex()}"
-        if self._evidence.find(record.result) is None:
-            self._evidence.keep(record.round, record.result, data, path)
-        where = self._slices[record.part]
+        decoded = self._vector[self._slices[record.part]]
         self._decoded.pop(record.part, None)
+        lies_there = self._spec.exchange.codec == "none"
         try:
-            decode_average(self._spec, record.part, data, self._vector[where])
+            decode_average(self._spec, record.part, data, decoded)
         except InvalidDataError as error:  # by rule, missing
             log.warning("the average of part %d of round %d is not sound: %s", record.part, record.round, error)
-            self._vector[where] = 0
+            decoded[:] = 0
+            lies_there = False
+        if not self._evidence.has(record.result):
+            if lies_there:
+                self._evidence.borrow(record.round, record.result, decoded.data.cast("B"), path)
+            else:
+                self._evidence.keep(record.round, record.result, data, path)
         self._decoded[record.part] = record.result
 
-    async def _fetch(self, record: PartRecord, *, last: bool) -> bytes:
+    async def _fetch(self, record: PartRecord, *, last: bool) -> Bytes:
         """An average's bytes, from whoever has them.
 
         Raises:

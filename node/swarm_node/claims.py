@@ -83,7 +83,7 @@ class Claims:
         sketching.require_sketch(self._spec, record, part, claimed, proof)
         return Claim(record, part, claimed)
 
-    def require_true(self, claim: Claim, encoded: Bytes, part_hash: bytes, proof: Sequence[bytes]) -> None:
+    def require_true(self, claim: Claim, encoded: Bytes | memoryview, part_hash: bytes, proof: Sequence[bytes]) -> None:
         """Recompute the sketch of a part that was committed to. Blocking.
 
         Raises:
@@ -111,7 +111,7 @@ class Claims:
         name = (objection.run, objection.kind, objection.round, objection.sequence)
         raise ForgedSketchError(self._ledger.find(*name) or self._ledger.sign(objection))
 
-    def holds(self, part: int, encoded: Bytes, claimed: bytes) -> bool:
+    def holds(self, part: int, encoded: Bytes | memoryview, claimed: bytes) -> bool:
         """Whether an encoded part is sound and this its sketch. Blocking."""
         with self._lock:
             where = self._projections.get(part)

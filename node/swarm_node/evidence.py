@@ -9,6 +9,7 @@ get   {hash}     a chunk of a state, an encoded part (ours, or one that we reduc
 from __future__ import annotations
 
 import asyncio
+import mmap
 import threading
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
@@ -17,37 +18,51 @@ from pathlib import Path
 from swarm_node.contribution import Contribution, load
 from swarm_node.faults import NONE, Faults, Point
 from swarm_node.folder import RunFolder
-from swarm_protocol.calls import Answer, Call, Handler
-from swarm_protocol.chunks import CHUNK_BYTES, StateManifest
+from swarm_protocol.calls import Answer, Bytes, Call, Handler
+from swarm_protocol.chunks import CHUNK_BYTES, StateManifest, content_hash
 from swarm_protocol.errors import RefusedError
 from swarm_protocol.files import write_atomic
 from swarm_protocol.records import Envelope, PartRecord
 from swarm_protocol.spec import RunSpec
 
-HELD_BYTES = 16 << 20
+HELD_BYTES = 128 << 20
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """Where the bytes of a hash lie: in a file, or, until they are written there, in memory."""
+    """Where the bytes of a hash lie: in a file, or, until they are written there, in memory, ours or borrowed."""
 
     path: Path
     offset: int
     size_bytes: int
-    held: bytes | bytearray | None = None
+    held: Bytes | None = None
+    borrowed: memoryview | None = None
 
-    def read(self) -> bytes | bytearray:
+    def read(self, digest: bytes) -> Bytes | None:
+        """The bytes; None where whoever lent them has changed them."""
         if self.held is not None:
             return self.held
+        if self.borrowed is not None:
+            copy = bytes(self.borrowed)
+            return copy if content_hash(copy) == digest else None
         with self.path.open("rb") as file:
             file.seek(self.offset)
             return file.read(self.size_bytes)
+
+    def view(self, digest: bytes) -> memoryview | None:
+        """As `read`, but where they lie in a file of their own, that is mapped instead of read."""
+        if self.held is not None or self.borrowed is not None or self.offset or not self.size_bytes:
+            found = self.read(digest)
+            return None if found is None else memoryview(found)
+        with self.path.open("rb") as file:
+            return memoryview(mmap.mmap(file.fileno(), self.size_bytes, access=mmap.ACCESS_READ))
 
 
 class Evidence:
     """An index of everything on disk that others may ask for.
 
-    What is passed on in an exchange is held in memory, up to `held_bytes` in all, and written when there is time for it.
+    What is passed on in an exchange is held in memory, up to `held_bytes` in all, and written when there is time for it,
+    as is what was borrowed: call `write` before its lender changes it.
     """
 
     def __init__(self, faults: Faults = NONE, *, held_bytes: int = HELD_BYTES) -> None:
@@ -91,7 +106,7 @@ class Evidence:
         """Serve a file by its hash for as long as that round is kept."""
         self._pieces.setdefault(round_number, {})[digest] = _Piece(path, 0, path.stat().st_size)
 
-    def keep(self, round_number: int, digest: bytes, data: bytes | bytearray, path: Path) -> None:
+    def keep(self, round_number: int, digest: bytes, data: Bytes, path: Path) -> None:
         """Have these bytes: in memory while there is room, and in the file `path` sooner or later. Blocking."""
         with self._lock:
             room = len(data) <= self._room_bytes
@@ -101,6 +116,10 @@ class Evidence:
         piece = _Piece(path, 0, len(data), data if room else None)
         self._pieces.setdefault(round_number, {})[digest] = piece
 
+    def borrow(self, round_number: int, digest: bytes, data: memoryview, path: Path) -> None:
+        """Serve bytes that somebody else keeps in memory, as long as they are those of the hash."""
+        self._pieces.setdefault(round_number, {})[digest] = _Piece(path, 0, len(data), borrowed=data)
+
     def vouch(self, record: PartRecord, envelope: Envelope) -> None:
         """Serve the average that our record names together with the record."""
         self._vouched.setdefault(record.round, {})[record.result] = envelope.encode()
@@ -109,18 +128,34 @@ class Evidence:
         """Write to disk whatever is in memory only. Blocking."""
         for pieces in list(self._pieces.values()):
             for digest, piece in list(pieces.items()):
+                if piece.held is None and piece.borrowed is None:
+                    continue
+                data = piece.read(digest)
+                if data is None:
+                    del pieces[digest]
+                    continue
+                write_atomic(piece.path, data, durable=False)
+                pieces[digest] = _Piece(piece.path, 0, piece.size_bytes)
                 if piece.held is not None:
-                    write_atomic(piece.path, piece.held, durable=False)
-                    pieces[digest] = _Piece(piece.path, 0, piece.size_bytes)
                     with self._lock:
                         self._room_bytes += piece.size_bytes
 
-    def find(self, digest: bytes) -> bytes | bytearray | None:
+    def has(self, digest: bytes) -> bool:
+        """Whether the bytes of a hash are to be had here."""
+        return self._piece(digest) is not None
+
+    def find(self, digest: bytes) -> Bytes | None:
         """The bytes of a hash, if they are here."""
-        for pieces in list(self._pieces.values()):
-            if digest in pieces:
-                return pieces[digest].read()
-        return None
+        piece = self._piece(digest)
+        return None if piece is None else piece.read(digest)
+
+    def view(self, digest: bytes) -> memoryview | None:
+        """As `find`, without reading a file into memory."""
+        piece = self._piece(digest)
+        return None if piece is None else piece.view(digest)
+
+    def _piece(self, digest: bytes) -> _Piece | None:
+        return next((pieces[digest] for pieces in list(self._pieces.values()) if digest in pieces), None)
 
     def narrow(self, round_number: int, contribution: Contribution, segments: Collection[int]) -> None:
         """Once it is known what an audit will ask for: delete the states at the ends of all other segments. Blocking."""

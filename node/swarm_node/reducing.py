@@ -27,7 +27,7 @@ from swarm_node.faults import Faults, Point
 from swarm_node.folder import RunFolder
 from swarm_node.measured import Measured
 from swarm_node.sketching import Sketching
-from swarm_protocol import aggregate, chunks, codec, merkle, parts
+from swarm_protocol import chunks, merkle, parts, reduction
 from swarm_protocol.calls import Answer, Bytes, Call
 from swarm_protocol.client import Commitments
 from swarm_protocol.errors import InvalidDataError, RefusedError
@@ -230,13 +230,13 @@ class Reducer:
             raise
         self._count(part, slot, digest)
 
-    def _input(self, digest: bytes) -> Bytes:
-        found = self._evidence.find(digest)
+    def _input(self, digest: bytes) -> memoryview:
+        found = self._evidence.view(digest)
         if found is None:
             raise RefusedError("an input is no longer here")
         return found
 
-    def _require_sound(self, part: int, encoded: Bytes) -> None:
+    def _require_sound(self, part: int, encoded: Bytes | memoryview) -> None:
         try:
             parts.require_sound(self._spec, part, encoded)
         except InvalidDataError as error:
@@ -354,12 +354,9 @@ class Reducer:
             InvalidDataError: there is no such mean.
         """
         inputs, claimed = self._faults.averaged(self._plan.round, inputs, self._plan.slot_of(self._key))
-        numel = parts.slices(self._spec)[part].stop - parts.slices(self._spec)[part].start
-        exchange, shares = self._spec.exchange, {slot: weights[slot] for slot in inputs}
-        aggregation = aggregate.start(exchange.aggregator, shares, numel, trim_fraction=exchange.trim_fraction)
-        for slot, mine in inputs.items():
-            aggregation.add(slot, parts.decode_part(self._spec, part, self._input(mine)))
-        average = codec.get(exchange.codec).encode(aggregation.result())
+        average = reduction.average(
+            self._spec, part, {slot: self._input(mine) for slot, mine in inputs.items()}, weights
+        )
         digest = chunks.content_hash(average)
         path = self._folder.work(self._plan.round) / f"average-{digest.hex()}"
         write_atomic(path, average, durable=False)  # the record outlives this process, so the average has to

@@ -201,7 +201,7 @@ class Sketching:
                 timeout_s=max(1.0, ATTEMPT_SHARE * self._spec.rounds.exchange_s),
             )
             if chunks.content_hash(found) == record.blob:
-                return found
+                return bytes(found)
             log.warning("slot %d serves other bytes than its signed sketches", slot)
         except (UnreachableError, RefusedError, InvalidDataError) as error:
             log.info("sketches of slot %d in round %d: %s", slot, self._plan.round, error)

@@ -117,7 +117,7 @@ class DirectPlane:
 
     async def call(
         self, peer: bytes, header: Header, body: bytes | memoryview, *, max_answer_bytes: int, timeout_s: float
-    ) -> tuple[dict[str, Any], bytes]:
+    ) -> tuple[dict[str, Any], Bytes]:
         """One call. The caller sees to it that this is cancelled after `timeout_s`.
 
         Raises:
@@ -306,7 +306,7 @@ def parse_addresses(value: object) -> list[Address]:
 
 def _converse(
     channel: Channel, head: bytes, body: bytes | memoryview, max_answer_bytes: int, deadline: float
-) -> tuple[dict[str, Any], bytes | None, int, int]:
+) -> tuple[dict[str, Any], Bytes | None, int, int]:
     """Send a call and receive its answer: header, body, declared size of the body, bytes received.
 
     There is no body where it is larger than allowed, or where the call was refused half way; the channel is spent then.

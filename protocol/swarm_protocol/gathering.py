@@ -89,4 +89,4 @@ async def _state(plane: PeerPlane, subject: Subject, root: bytes) -> TrainState:
 
 async def _ask(plane: PeerPlane, node: bytes, header: dict[str, Any], max_bytes: int) -> bytes:
     _, body = await plane.call(node, header, max_answer_bytes=max_bytes, timeout_s=CALL_TIMEOUT_S)
-    return body
+    return bytes(body)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Container, Sequence
+from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
@@ -27,7 +28,8 @@ ALIGNMENT = 256
 """Parts begin at multiples of this many elements, a multiple of every codec's block."""
 
 
-def partition(num_parameters: int, parts: int) -> list[slice]:
+@lru_cache(maxsize=16)
+def partition(num_parameters: int, parts: int) -> tuple[slice, ...]:
     """Cut [0, num_parameters) into `parts` contiguous slices whose sizes differ by at most 256, none of them empty.
 
     There are fewer where the vector has fewer than `parts` blocks of 256 elements.
@@ -35,10 +37,10 @@ def partition(num_parameters: int, parts: int) -> list[slice]:
     blocks = -(-num_parameters // ALIGNMENT)
     count = min(parts, blocks)
     bounds = [min(index * blocks // count * ALIGNMENT, num_parameters) for index in range(count + 1)] if count else []
-    return [slice(start, stop) for start, stop in pairwise(bounds)]
+    return tuple(slice(start, stop) for start, stop in pairwise(bounds))
 
 
-def slices(spec: RunSpec) -> list[slice]:
+def slices(spec: RunSpec) -> tuple[slice, ...]:
     """The parts of a run's parameter vector."""
     return partition(spec.model.num_parameters, spec.exchange.parts)
 
@@ -71,7 +73,7 @@ def encode_parts(spec: RunSpec, start: Float32, final: Float32) -> list[bytes]:
         return [encode(start[where] - final[where]) for where in slices(spec)]
 
 
-def decode_part(spec: RunSpec, part: int, data: bytes | bytearray, out: Float32 | None = None) -> Float32:
+def decode_part(spec: RunSpec, part: int, data: bytes | bytearray | memoryview, out: Float32 | None = None) -> Float32:
     """The values of one part, in `out` where that is given.
 
     Raises:
@@ -81,7 +83,7 @@ def decode_part(spec: RunSpec, part: int, data: bytes | bytearray, out: Float32 
     return codec.get(spec.exchange.codec).decode(data, where.stop - where.start, out)
 
 
-def require_sound(spec: RunSpec, part: int, data: bytes | bytearray) -> None:
+def require_sound(spec: RunSpec, part: int, data: bytes | bytearray | memoryview) -> None:
     """Check that one part, or the average of one, decodes to finite values of a norm within the spec's bound.
 
     Raises:

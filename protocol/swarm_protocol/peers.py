@@ -228,7 +228,7 @@ class PeerPlane:
 
     async def call(
         self, peer: bytes, header: Header, body: bytes | memoryview = b"", *, max_answer_bytes: int, timeout_s: float
-    ) -> tuple[dict[str, Any], bytes]:
+    ) -> tuple[dict[str, Any], Bytes]:
         """Call the peer with this public key; returns its answer's header and body.
 
         Raises:
@@ -250,7 +250,7 @@ class PeerPlane:
 
     async def _call(
         self, peer: bytes, header: Header, body: bytes | memoryview, max_answer_bytes: int
-    ) -> tuple[dict[str, Any], bytes]:
+    ) -> tuple[dict[str, Any], Bytes]:
         """One call through the daemon."""
         reader, writer = await self._open(peer)
         sending = asyncio.create_task(self._send(peer, writer, header, body))

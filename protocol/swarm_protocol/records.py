@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from blake3 import blake3
@@ -24,6 +24,8 @@ MAX_RECORD_BYTES = 1 << 20
 MAX_SLOTS = 10_000
 MAX_PARTS = 1 << 16
 MAX_PROOF_BYTES = 1 << 18
+
+_SMALL_BYTES = 1 << 12
 
 _Hex = PlainSerializer(bytes.hex, when_used="json")
 Bytes32 = Annotated[bytes, Field(min_length=32, max_length=32), _Hex]
@@ -459,9 +461,7 @@ class Envelope:
         Raises:
             EncodingError, SignatureError
         """
-        record = parse(self.body)
-        verify(self.key, self.signature, record.hash)
-        return record
+        return _opened(self) if len(self.body) <= _SMALL_BYTES else _open(self)
 
     def open_as(self, record_type: type[R], *, run: bytes, round: int | None = None, key: bytes | None = None) -> R:
         """The record, if it is of this type, run, round and signer, and signed.
@@ -479,6 +479,16 @@ class Envelope:
         if key is not None and self.key != key:
             raise SignatureError(f"a {record.kind} signed by {self.peer} instead of {peer_id(key)}")
         return record
+
+
+def _open(envelope: Envelope) -> Record:
+    record = parse(envelope.body)
+    verify(envelope.key, envelope.signature, record.hash)
+    return record
+
+
+_opened = lru_cache(maxsize=512)(_open)
+"""Small records come several times, from the coordinator and from peers; they are immutable, and looked at once."""
 
 
 def encode_list(envelopes: list[Envelope]) -> bytes:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from swarm_protocol import aggregate, chunks, codec, merkle, parts
+from swarm_protocol import chunks, merkle, parts, reduction
 from swarm_protocol.errors import InvalidDataError
 from swarm_protocol.records import Commitment, Envelope, PartReceipt, PartRecord, RoundPlan, SketchSet
 from swarm_protocol.spec import RunSpec
@@ -41,26 +41,6 @@ class ReductionVerdict:
     outcome: ReductionOutcome
     reason: str
     slots: tuple[int, ...] = ()
-
-
-def average(spec: RunSpec, part: int, inputs: Mapping[int, bytes | bytearray], weights: Mapping[int, int]) -> bytes:
-    """The encoded aggregate of these encoded parts by slot, as every reducer has to make it.
-
-    Args:
-        weights: of each of these slots: the plan's, or where the aggregator selects, those that it selected.
-
-    Raises:
-        InvalidDataError: an input is not sound, or there is no such aggregate.
-    """
-    where, exchange = parts.slices(spec)[part], spec.exchange
-    shares = {slot: weights[slot] for slot in sorted(inputs)}
-    aggregation = aggregate.start(
-        exchange.aggregator, shares, where.stop - where.start, trim_fraction=exchange.trim_fraction
-    )
-    for slot in shares:
-        parts.require_sound(spec, part, inputs[slot])
-        aggregation.add(slot, parts.decode_part(spec, part, inputs[slot]))
-    return codec.get(exchange.codec).encode(aggregation.result())
 
 
 def is_committed(spec: RunSpec, commitment: Commitment, part: int, found: Input) -> bool:
@@ -123,7 +103,9 @@ def judge(
         reason = f"nobody serves the committed inputs of these slots: {_list(missing)}"
         return ReductionVerdict(ReductionOutcome.UNAVAILABLE, reason, missing)
     try:
-        expected = average(spec, record.part, {slot: inputs[slot].data for slot in record.slots}, entitled)
+        for slot in record.slots:
+            parts.require_sound(spec, record.part, inputs[slot].data)
+        expected = reduction.average(spec, record.part, {slot: inputs[slot].data for slot in record.slots}, entitled)
     except InvalidDataError as error:
         return ReductionVerdict(ReductionOutcome.WRONG_AVERAGE, f"these inputs have no average: {error}", record.slots)
     if (chunks.content_hash(expected), len(expected)) != (record.result, record.size_bytes):

@@ -115,11 +115,11 @@ class Channel:
                 raise EOFError("the connection was closed")
             view = view[count:]
 
-    def receive(self, size_bytes: int, deadline: float) -> bytes:
+    def receive(self, size_bytes: int, deadline: float) -> bytearray:
         """The next `size_bytes`; raises like `receive_into`."""
         content = bytearray(size_bytes)
         self.receive_into(memoryview(content), deadline)
-        return bytes(content)
+        return content
 
     def drain(self, deadline: float) -> None:
         """Discard what still comes, until the other side closes: to close on it would lose what we said last."""
@@ -167,7 +167,7 @@ def dial(address: tuple[str, int], identity: Identity, run: bytes, peer: bytes, 
     channel = Channel(_wrapped(plain, context, deadline, server_side=False), peer)
     try:
         certificate = channel._socket.getpeercert(binary_form=True) or b""
-        said = channel.receive(128, deadline)
+        said = bytes(channel.receive(128, deadline))
         nonce, key, signature = said[:32], said[32:64], said[64:]
         if key != peer:
             raise InvalidDataError("another peer than the one wanted listens there")
@@ -191,7 +191,7 @@ def accept(plain: socket.socket, certificate: Certificate, identity: Identity, r
         nonce = secrets.token_bytes(32)
         proof = identity.sign(_claim("listener", run, certificate.der))
         channel.send(nonce + identity.public_key + proof, deadline=deadline)
-        said = channel.receive(96, deadline)
+        said = bytes(channel.receive(96, deadline))
         verify(said[:32], said[32:], _claim("dialler", run, certificate.der, nonce))
     except BaseException:
         channel.close()

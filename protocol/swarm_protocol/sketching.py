@@ -35,7 +35,7 @@ def blob_bytes(spec: RunSpec) -> int:
     return parts.part_count(spec) * sketch.SIZE_BYTES
 
 
-def split(blob: bytes | bytearray) -> list[bytes]:
+def split(blob: bytes | bytearray | memoryview) -> list[bytes]:
     """One sender's sketches, encoded, in the order of parts."""
     return [bytes(blob[start : start + sketch.SIZE_BYTES]) for start in range(0, len(blob), sketch.SIZE_BYTES)]
 
@@ -59,7 +59,7 @@ def of_parts(spec: RunSpec, commitment_set: bytes, encoded: Iterable[bytes]) -> 
 
 
 def part_matches(
-    spec: RunSpec, where: sketch.Projection, part: int, encoded: bytes | bytearray, claimed: bytes
+    spec: RunSpec, where: sketch.Projection, part: int, encoded: bytes | bytearray | memoryview, claimed: bytes
 ) -> bool:
     """Whether an encoded part is sound, and `claimed` its sketch: what a reducer asks, and who judges its objection."""
     try:
@@ -102,7 +102,7 @@ def require_committed(spec: RunSpec, objection: SketchObjection, commitment: Com
     )  # fmt: skip
 
 
-def decode(spec: RunSpec, record: Sketches, blob: bytes | bytearray) -> list[Float32]:
+def decode(spec: RunSpec, record: Sketches, blob: bytes | bytearray | memoryview) -> list[Float32]:
     """One sender's sketches, per part float32[1024], finite.
 
     Raises:

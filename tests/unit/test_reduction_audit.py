@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from swarm_protocol import chunks, codec, merkle, parts, reduction_audit
+from swarm_protocol import chunks, codec, merkle, parts, reduction, reduction_audit
 from swarm_protocol.errors import InvalidDataError
 from swarm_protocol.identity import Identity
 from swarm_protocol.records import (
@@ -84,7 +84,7 @@ class Case:
         """The record of an average that claims these slots, and is made of those in `over` where that is given."""
         weights = {slot: self.plan.roster[slot].weight for slot in range(len(NODES))}
         inputs = {slot: self.inputs[slot].data for slot in over or slots}
-        average = reduction_audit.average(self.spec, PART, inputs, weights)
+        average = reduction.average(self.spec, PART, inputs, weights)
         record = PartRecord(
             run=self.spec.run_id, round=ROUND, sequence=PART, part=PART, commitment_set=bytes(32),
             result=chunks.content_hash(average), size_bytes=len(average), slots=slots,

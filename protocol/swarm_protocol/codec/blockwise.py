@@ -24,6 +24,7 @@ _SLAB_ELEMENTS = 1 << 15
 """Elements that are worked on at a time, so that temporaries stay in the cache. A multiple of every block; changes no bit."""
 
 _LARGEST = np.finfo(np.float32).max
+_SMALLEST_NORMAL = np.finfo(np.float32).tiny
 
 _NIBBLE_PAIRS: Float32 = np.array(
     [[((byte >> shift & 15) ^ 8) - 8 for shift in (0, 4)] for byte in range(256)], np.float32
@@ -47,58 +48,40 @@ class Blockwise:
 
     def encode(self, values: Float32) -> bytes:
         """Raises `InvalidDataError` where a value is not finite."""
-        numel = values.size
-        out = np.empty(self.encoded_bytes(numel), np.uint8)
-        scales = out[: 4 * _blocks(numel, self.block)].view("<f4")
-        codes = out[scales.nbytes :]
-        whole = numel - numel % self.block
-        for start in range(0, whole, _SLAB_ELEMENTS):
-            stop = min(start + _SLAB_ELEMENTS, whole)
-            self._encode_slab(
-                values[start:stop],
-                scales[start // self.block : stop // self.block],
-                codes[start * self.bits // 8 : stop * self.bits // 8],
-            )
-        if whole < numel:
-            padded = np.zeros(self.block, np.float32)
-            padded[: numel - whole] = values[whole:]
-            tail = np.empty(self.block * self.bits // 8, np.uint8)
-            self._encode_slab(padded, scales[-1:], tail)
-            codes[whole * self.bits // 8 :] = tail[: codes.size - whole * self.bits // 8]
-        return out.tobytes()
+        writing = self.write(values.size)
+        for start in range(0, values.size, _SLAB_ELEMENTS):
+            writing.put(start, values[start : start + _SLAB_ELEMENTS])
+        return writing.result()
 
     def decode(self, data: bytes | bytearray | memoryview, numel: int, out: Float32 | None = None) -> Float32:
         """Raises `InvalidDataError` where the length is wrong or the bytes are not canonical."""
-        scales, codes = self._split(data, numel)
+        reading = self.read(data, numel)
         values = np.empty(numel, np.float32) if out is None else out
-        whole = numel - numel % self.block
-        for start in range(0, whole, _SLAB_ELEMENTS):
-            stop = min(start + _SLAB_ELEMENTS, whole)
-            self._decode_slab(
-                scales[start // self.block : stop // self.block],
-                codes[start * self.bits // 8 : stop * self.bits // 8],
-                values[start:stop],
-            )
-        if whole < numel:
-            padded = np.empty(self.block, np.float32)
-            tail = np.zeros(self.block * self.bits // 8, np.uint8)
-            tail[: codes.size - whole * self.bits // 8] = codes[whole * self.bits // 8 :]
-            self._decode_slab(scales[-1:], tail, padded)
-            values[whole:] = padded[: numel - whole]
+        for start in range(0, numel, _SLAB_ELEMENTS):
+            reading.values(start, values[start : start + _SLAB_ELEMENTS])
         return values
 
+    def read(self, data: bytes | bytearray | memoryview, numel: int) -> Reading:
+        """See `codec.Reading`. Raises as `decode` does for what the length, the scales and the padding show."""
+        return Reading(self, *self._split(data, numel))
+
+    def write(self, numel: int) -> Writing:
+        """See `codec.Writing`."""
+        return Writing(self, numel)
+
     def peak(self, data: bytes | bytearray | memoryview, numel: int) -> float:
-        """The largest scale times the largest code. Raises as `decode` does."""
+        """The largest scale times the largest code, rounded as `decode` rounds. Raises as it does."""
         scales, codes = self._split(data, numel)
         self._require_codes(codes)
-        return float(scales.max(initial=0.0)) * self.largest_code
+        with np.errstate(over="ignore"):
+            return float(min(scales.max(initial=0.0) * np.float32(self.largest_code), _LARGEST))
 
     def _split(self, data: bytes | bytearray | memoryview, numel: int) -> tuple[Float32, Bytes]:
         """Scales and codes, after a look at the length, the scales and the padding."""
         if len(data) != self.encoded_bytes(numel):
             raise InvalidDataError(f"{len(data)} bytes where {numel} values take {self.encoded_bytes(numel)}")
         raw = np.frombuffer(data, np.uint8)
-        scales = raw[: 4 * _blocks(numel, self.block)].view("<f4").astype(np.float32)
+        scales = raw[: 4 * _blocks(numel, self.block)].view("<f4").astype(np.float32, copy=False)
         codes = raw[scales.nbytes :]
         # Not `scales < 0`: that lets -0 pass, a second spelling of zero.
         if not np.isfinite(scales).all() or np.signbit(scales).any():
@@ -114,21 +97,27 @@ class Blockwise:
         elif ((codes & 0x0F) == 0x08).any() or ((codes & 0xF0) == 0x80).any():
             raise InvalidDataError("code -8 is not used")
 
-    def _encode_slab(self, values: Float32, scales: Float32, codes: Bytes) -> None:
-        x = values.reshape(-1, self.block)
-        # The outer abs makes the peak of a block of zeros +0, whatever their signs.
-        peaks = np.abs(np.maximum(x.max(axis=1), -x.min(axis=1)))
+    def encode_slab(self, values: Float32, scales: Float32, codes: Bytes) -> None:
+        """Encode whole blocks."""
+        magnitudes = np.bitwise_and(values.view(np.int32), 0x7FFFFFFF)
+        # As integers they are in the order of the numbers, and the largest is found faster.
+        peaks = magnitudes.reshape(-1, self.block).max(axis=1).view(np.float32)
         if not np.isfinite(peaks).all():
             raise InvalidDataError("a value to be encoded is not finite")
         scale = peaks / np.float32(self.largest_code)
         scales[:] = scale
-        scale[scale == 0] = 1  # every value of such a block is far below one half
-        q = np.divide(x, scale[:, None])
+        smallest = scale.min(initial=1.0)
+        if smallest == 0:
+            scale[scale == 0] = 1  # every value of such a block is far below one half
+        q = magnitudes.view(np.float32)
+        np.divide(values.reshape(-1, self.block), scale[:, None], out=q.reshape(-1, self.block))
         np.rint(q, out=q)
-        np.clip(q, -self.largest_code, self.largest_code, out=q)  # beyond it only where the scale is subnormal
-        _pack(q.astype(np.int8).reshape(-1), self.bits, codes)
+        if smallest < _SMALLEST_NORMAL:  # rounded down so far that a code is beyond the largest one
+            np.clip(q, -self.largest_code, self.largest_code, out=q)
+        _pack(q, self.bits, codes)
 
-    def _decode_slab(self, scales: Float32, codes: Bytes, values: Float32) -> None:
+    def decode_slab(self, scales: Float32, codes: Bytes, values: Float32) -> None:
+        """Decode whole blocks. Raises `InvalidDataError` where a code is not used."""
         self._require_codes(codes)
         if self.bits == 8:
             q = codes.view(np.int8).astype(np.float32)
@@ -141,16 +130,61 @@ class Blockwise:
             np.clip(out, -_LARGEST, _LARGEST, out=out)
 
 
-INT8 = Blockwise(bits=8, block=256)
-INT4 = Blockwise(bits=4, block=64)
+class Reading:
+    """See `codec.Reading`."""
+
+    def __init__(self, codec: Blockwise, scales: Float32, codes: Bytes) -> None:
+        self._codec = codec
+        self._scales = scales
+        self._codes = codes
+
+    def values(self, start: int, out: Float32) -> None:
+        codec, rest = self._codec, out.size % self._codec.block
+        stop = start + out.size - rest
+        scales = self._scales[start // codec.block : stop // codec.block]
+        codec.decode_slab(scales, self._codes[start * codec.bits // 8 : stop * codec.bits // 8], out[: out.size - rest])
+        if rest:
+            padded = np.empty(codec.block, np.float32)
+            tail = np.zeros(codec.block * codec.bits // 8, np.uint8)
+            left = self._codes[stop * codec.bits // 8 :]
+            tail[: left.size] = left
+            codec.decode_slab(self._scales[-1:], tail, padded)
+            out[out.size - rest :] = padded[:rest]
 
 
-def _pack(q: npt.NDArray[np.int8], bits: int, codes: Bytes) -> None:
-    """Write whole bytes of codes."""
+class Writing:
+    """See `codec.Writing`."""
+
+    def __init__(self, codec: Blockwise, numel: int) -> None:
+        self._codec = codec
+        self._out = np.empty(codec.encoded_bytes(numel), np.uint8)
+        self._scales = self._out[: 4 * _blocks(numel, codec.block)].view("<f4")
+        self._codes = self._out[self._scales.nbytes :]
+
+    def put(self, start: int, values: Float32) -> None:
+        codec, rest = self._codec, values.size % self._codec.block
+        stop = start + values.size - rest
+        scales = self._scales[start // codec.block : stop // codec.block]
+        codes = self._codes[start * codec.bits // 8 : stop * codec.bits // 8]
+        codec.encode_slab(values[: values.size - rest], scales, codes)
+        if rest:
+            padded = np.zeros(codec.block, np.float32)
+            padded[:rest] = values[values.size - rest :]
+            tail = np.empty(codec.block * codec.bits // 8, np.uint8)
+            codec.encode_slab(padded, self._scales[-1:], tail)
+            left = self._codes[stop * codec.bits // 8 :]
+            left[:] = tail[: left.size]
+
+    def result(self) -> bytes:
+        return self._out.tobytes()
+
+
+def _pack(q: Float32, bits: int, codes: Bytes) -> None:
+    """Write whole bytes of codes, which are integers in float32."""
     if bits == 8:
-        codes[:] = q.view(np.uint8)
+        np.copyto(codes.view(np.int8), q, casting="unsafe")
         return
-    pairs = q.view("<u2")
+    pairs = q.astype(np.int8).view("<u2")
     np.bitwise_or(pairs & 0x0F, pairs >> 4 & 0xF0, out=codes, casting="unsafe")
 
 
@@ -160,3 +194,7 @@ def _blocks(numel: int, block: int) -> int:
 
 def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)
+
+
+INT8 = Blockwise(bits=8, block=256)
+INT4 = Blockwise(bits=4, block=64)

@@ -98,8 +98,8 @@ class Volunteer:
         self._threads = threads
         self._key = ledger.identity.public_key
         self._fingerprint = runtime_fingerprint(device, threads)
-        self._faults = faults
-        self._evidence = Evidence(faults)
+        self._faults = Faults((*faults.planned, *conduct.faults.planned))
+        self._evidence = Evidence(self._faults)
         self._measured = Measured()
         self._vector = np.empty(client.spec.model.num_parameters, np.float32)
         self._desk = ExchangeDesk()
@@ -394,7 +394,7 @@ class Volunteer:
         await asyncio.to_thread(self._evidence.narrow, plan.round, mine, needed)
 
     async def _forget(self, before: int) -> None:
-        """Delete rounds before this one, unless an auditor still wants their evidence."""
+        """Delete rounds before this one, unless auditors still want our states, or inputs and receipts of an average."""
         old = [number for number in self._run_folder.rounds() if number < before]
         done = [number for number in old if not await self._wanted(number)]
         self._evidence.forget(done)
@@ -402,7 +402,8 @@ class Volunteer:
 
     async def _wanted(self, round_number: int) -> bool:
         detail = await self._patiently(lambda: self._client.round_detail(round_number))
-        return any(seat["peer"] == self.progress.peer and seat["audit"] == "pending" for seat in detail["roster"])
+        audits = [seat["audit"] for seat in detail["roster"] if seat["peer"] == self.progress.peer]
+        return "pending" in audits + [record["audit"] for record in detail["part_records"]]
 
     async def _commitments(self, plan: RoundPlan) -> Commitments:
         while True:
@@ -419,7 +420,7 @@ class Volunteer:
     # Leaving
 
     async def _serve_out(self) -> None:
-        """Serve evidence until our open audits have their verdict, or the time that the spec gives for evidence is over."""
+        """Serve evidence until our open audits and those of averages have their verdict, for as long as the spec says."""
         if self._last_round is None:
             return
         self._tell("serving evidence to auditors")
@@ -433,8 +434,9 @@ class Volunteer:
                     await asyncio.sleep(0.5)
 
     async def _audits_pending(self) -> bool:
-        nodes = (await self._patiently(self._client.status))["nodes"]
-        return any(node["peer"] == self.progress.peer and node["pending_audits"] for node in nodes)
+        status = await self._patiently(self._client.status)
+        mine = any(node["peer"] == self.progress.peer and node["pending_audits"] for node in status["nodes"])
+        return mine or bool(status["part_audits"]["pending"])  # inputs and receipts are ours as well
 
     # Small things
 

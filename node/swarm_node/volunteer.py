@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from swarm_node import contribution as contributions
-from swarm_node import reduction_evidence
+from swarm_node import evidence, reduction_evidence
 from swarm_node.averages import Averages
 from swarm_node.conduct import HONEST, Conduct
 from swarm_node.contribution import Contribution, Progress
@@ -124,8 +124,8 @@ class Volunteer:
         """
         self._evidence.restore(self._spec, self._run_folder)
         self._checkpoint = await asyncio.to_thread(self._run_folder.load_checkpoint)
-        evidence = {**self._evidence.handlers, **reduction_evidence.handlers(self._spec, self._run_folder)}
-        await self._plane.serve({**self._conduct.evidence(evidence), **self._desk.handlers})
+        served = {**self._evidence.handlers, **reduction_evidence.handlers(self._spec, self._run_folder)}
+        await self._plane.serve({**self._conduct.evidence(served), **self._desk.handlers})
         await self._register()
         shards = await self._patiently(lambda: fetch.Shards.open(self._client, self._run_folder.shards))
         presence = asyncio.create_task(self._stay_connected())
@@ -394,7 +394,7 @@ class Volunteer:
         await asyncio.to_thread(self._evidence.narrow, plan.round, mine, needed)
 
     async def _forget(self, before: int) -> None:
-        """Delete rounds before this one, unless auditors still want our states, or inputs and receipts of an average."""
+        """Delete rounds before this one, unless an auditor still wants their evidence."""
         old = [number for number in self._run_folder.rounds() if number < before]
         done = [number for number in old if not await self._wanted(number)]
         self._evidence.forget(done)
@@ -402,8 +402,7 @@ class Volunteer:
 
     async def _wanted(self, round_number: int) -> bool:
         detail = await self._patiently(lambda: self._client.round_detail(round_number))
-        audits = [seat["audit"] for seat in detail["roster"] if seat["peer"] == self.progress.peer]
-        return "pending" in audits + [record["audit"] for record in detail["part_records"]]
+        return evidence.is_wanted(detail, self.progress.peer)
 
     async def _commitments(self, plan: RoundPlan) -> Commitments:
         while True:

@@ -8,7 +8,7 @@ from enum import StrEnum
 
 class Kind(StrEnum):
     """What a cheater does. `copied`, `stale-checkpoint` and `sleeper` need earlier rounds, and are honest without;
-    `lying-reducer` does honest work, and publishes wrong averages from round 1 on."""
+    `lying-reducer` does honest work, and publishes wrong averages of it."""
 
     WRONG_SHARD = "wrong-shard"
     HALF_BATCH = "half-batch"

@@ -30,7 +30,7 @@ INVENTED_LOSS = 3.0
 SLEEPS_FOR = 2
 """Contributions of a sleeper before it starts to cheat."""
 
-LIES = Fault(Action.MISREPORT, Point.REDUCING, 1, onwards=True)
+LIES = Fault(Action.MISREPORT, Point.REDUCING, 0, onwards=True)
 """What a lying reducer does: its averages are of fewer slots than its records say."""
 
 

@@ -109,7 +109,7 @@ class Auditor:
         async with asyncio.TaskGroup() as tasks:
             while True:
                 open_audits = await self._patiently(lambda: self._client.open_audits(self._key, wait_s=POLL_S))
-                for wanted in self._due(open_audits)[: AT_ONCE - len(self._under_way)]:
+                for wanted in self._with_room(self._due(open_audits)):
                     name = _name(wanted)
                     self._under_way.add(name)
                     tasks.create_task(self._audit(wanted, shards)).add_done_callback(partial(self._ended, name))
@@ -129,6 +129,14 @@ class Auditor:
             if name not in self._under_way
             and (wanted["turn"] == self._key.hex() or now - self._first_seen[name] > self._spec.audit.evidence_s)
         ]
+
+    def _with_room(self, due: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """As many as there is room for, apart for contributions and averages: neither waits for the other's evidence."""
+        chosen: list[dict[str, Any]] = []
+        for averages in (False, True):
+            busy = sum((part is not None) is averages for _, _, part in self._under_way)
+            chosen += [wanted for wanted in due if (wanted["part"] is not None) is averages][: AT_ONCE - busy]
+        return chosen
 
     async def _audit(self, wanted: dict[str, Any], shards: fetch.Shards) -> None:
         started = time.monotonic()

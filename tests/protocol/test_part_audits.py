@@ -45,8 +45,9 @@ class Stage:
         for node in cast.nodes:
             self.submit(cast.ready(node, number, journal.state.base))
         self.plan = plan = self.newest(RoundPlan)
-        for slot in range(len(plan.roster)):
-            self.submit(cast.commitment(plan, slot))
+        self.commitments = [cast.commitment(plan, slot) for slot in range(len(plan.roster))]
+        for commitment in self.commitments:
+            self.submit(commitment)
         averages = [cast.part_record(plan, self.newest(CommitmentSet), part, slot=part) for part in range(2)]
         for average in averages:
             self.submit(average)
@@ -167,6 +168,32 @@ def test_an_average_is_not_vouched_for_as_a_contribution_is(stage: Stage) -> Non
         stage.submit(stage.verdict(auditor, 0, A))
     assert stage.outcomes() == ["accepted", "pending"]
     assert [node.accepted for node in stage.status().nodes] == [0, 0]
+
+
+def test_at_the_end_of_a_run_credit_waits_for_the_audits_of_its_holders_averages(make_cast: MakeCast) -> None:
+    stage = Stage(make_cast(rounds=1, reductions=1.0))
+    for auditor in stage.cast.auditors:
+        for commitment in stage.commitments:
+            stage.submit(stage.cast.verdict(auditor, commitment))
+    assert [node.credit.pending for node in stage.status().nodes] == [32, 32]
+    for part, outcome in ((0, A), (1, R)):
+        for auditor in range(2):
+            stage.submit(stage.verdict(auditor, part, outcome))
+    credit = {node.peer: node.credit for node in stage.status().nodes}
+    honest, liar = (stage.cast.holder(stage.plan, slot).peer_id for slot in range(2))
+    assert (credit[honest].settled, credit[honest].forfeited) == (32, 0)
+    assert (credit[liar].settled, credit[liar].forfeited) == (0, 32)
+    stage.journal.close()
+
+
+def test_a_restart_finds_audits_and_verdicts_as_they_were(stage: Stage) -> None:
+    stage.submit(stage.verdict(0, 1, R))
+    before, head = stage.status(), stage.journal.log_head
+    stage.journal.close()
+    stage.journal = Journal.open(stage.cast.home, stage.cast.now_ms)
+    assert (stage.status(), stage.journal.log_head) == (before, head)
+    stage.submit(stage.verdict(1, 1, R))
+    assert stage.outcomes() == ["pending", "rejected"]
 
 
 def test_verdicts_are_leaves_of_the_log(stage: Stage) -> None:

@@ -419,7 +419,8 @@ class Volunteer:
     # Leaving
 
     async def _serve_out(self) -> None:
-        """Serve evidence until our open audits and those of averages have their verdict, for as long as the spec says."""
+        """Serve evidence until our open audits have their verdict, and those of the averages of our last round; no longer
+        than the time that the spec gives for evidence."""
         if self._last_round is None:
             return
         self._tell("serving evidence to auditors")
@@ -429,13 +430,12 @@ class Volunteer:
                 await asyncio.gather(*self._background, return_exceptions=True)
                 while await self._patiently(lambda: self._client.beacon(last, wait_s=POLL_S)) is None:
                     pass
-                while await self._audits_pending():  # noqa: ASYNC110  # the event is at the coordinator
+                while await self._audits_pending() or await self._wanted(last):  # noqa: ASYNC110  # the event is at the coordinator
                     await asyncio.sleep(0.5)
 
     async def _audits_pending(self) -> bool:
-        status = await self._patiently(self._client.status)
-        mine = any(node["peer"] == self.progress.peer and node["pending_audits"] for node in status["nodes"])
-        return mine or bool(status["part_audits"]["pending"])  # inputs and receipts are ours as well
+        nodes = (await self._patiently(self._client.status))["nodes"]
+        return any(node["peer"] == self.progress.peer and node["pending_audits"] for node in nodes)
 
     # Small things
 

@@ -198,6 +198,7 @@ class _Node:
         moving.cancel()
         await asyncio.gather(moving, return_exceptions=True)
         await self._desk.open(None)
+        gc.collect()  # as a node does after its exchange
         stages = {"encode": encoded_at - start, "reduce": reduced_at - encoded_at, "fetch": end - reduced_at}
         self._pipe.send((start, end, chunks.content_hash(whole), peak - idle, cpu, stages))
 

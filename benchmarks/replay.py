@@ -68,7 +68,7 @@ ALONE = 4
 UNMEASURED = {Kind.OTHER_PARTS, Kind.FORGED_STATES}
 """Kinds that are found without a distance."""
 
-UNSERVED = {Kind.REFUSES_EVIDENCE, Kind.FORGED_EVIDENCE}
+UNSERVED = {Kind.REFUSES_EVIDENCE, Kind.FORGED_EVIDENCE, Kind.LYING_REDUCER}
 """Kinds whose training is honest: what they do, they do on the network."""
 
 SLIGHT = {Kind(name) for name in deviations.SLIGHT}

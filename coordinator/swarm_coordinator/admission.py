@@ -97,6 +97,10 @@ def admit(archive: Archive, spec: RunSpec, state: State, applicant: Applicant, r
             _require_office(archive, applicant, Role.AUDITOR)
             _admit_verdict(archive, applicant, record)
             return None
+        case records.PartVerdict():
+            _require_office(archive, applicant, Role.AUDITOR)
+            _admit_part_verdict(archive, applicant, record)
+            return None
         case records.Equivocation():
             _require_standing_or_office(archive, applicant)
             _admit_equivocation(archive, record)
@@ -275,8 +279,23 @@ def _admit_verdict(archive: Archive, applicant: Applicant, record: records.Verdi
         _refuse(
             422, "no-audit", f"slot {record.slot} of round {record.round} was not drawn; sequence and slot are equal"
         )
-    if record.commitment != audit.commitment:
+    if record.commitment != audit.audited:
         _refuse(422, "wrong-commitment", "the verdict names another commitment than the one that was drawn")
+
+
+def _admit_part_verdict(archive: Archive, applicant: Applicant, record: records.PartVerdict) -> None:
+    audit = archive.audit(record.round, record.slot, record.part)
+    if audit is not None and audit.peer == applicant.key:
+        _refuse(403, "own-average", "nobody judges an average of their own")
+    if audit is None or record.sequence != record.part:
+        _refuse(
+            422,
+            "no-audit",
+            f"part {record.part} of round {record.round}, reduced by slot {record.slot}, was not drawn; sequence and part "
+            "are equal",
+        )
+    if record.part_record != audit.audited:
+        _refuse(422, "wrong-record", "the verdict names another part record than the one that was drawn")
 
 
 def _admit_equivocation(archive: Archive, record: records.Equivocation) -> None:

@@ -11,7 +11,7 @@ from sqlalchemy import exists, func, select, update
 from sqlalchemy.orm import Session
 
 from swarm_coordinator.db.archive import Archive
-from swarm_coordinator.db.tables import AuditRow, CreditRow, CreditStatus, NodeRow
+from swarm_coordinator.db.tables import CONTRIBUTION, AuditRow, CreditRow, CreditStatus, NodeRow
 from swarm_protocol import encoding, policy
 from swarm_protocol.policy import Account
 from swarm_protocol.records import Commitment, Outcome, RoundPlan
@@ -60,10 +60,13 @@ class Books:
         if node is None or credit is None:
             return None
         before = _account(node)
-        ruling = policy.ruling(before, outcome, round=audit.round, tokens=credit.tokens, policy=self._audit)
+        if audit.part == CONTRIBUTION:
+            ruling = policy.ruling(before, outcome, round=audit.round, tokens=credit.tokens, policy=self._audit)
+            node.rejected += outcome is Outcome.REJECTED
+            node.unavailable += outcome is Outcome.UNAVAILABLE
+        else:
+            ruling = policy.reduction_ruling(before, outcome, reason)
         _store(node, ruling.account)
-        node.rejected += outcome is Outcome.REJECTED
-        node.unavailable += outcome is Outcome.UNAVAILABLE
         if ruling.forfeits_contribution:
             self._forfeit(CreditRow.round == audit.round, CreditRow.slot == audit.slot, reason=reason)
         if ruling.forfeits_everything:

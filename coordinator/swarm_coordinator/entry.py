@@ -8,6 +8,7 @@ there or was never sent: no signature is ever remade.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from sqlalchemy import delete, func, select
@@ -17,6 +18,7 @@ from swarm_coordinator.books import Books
 from swarm_coordinator.db.archive import Archive
 from swarm_coordinator.db.machine_codec import encode_event, encode_state
 from swarm_coordinator.db.tables import (
+    CONTRIBUTION,
     MOOT,
     AuditRow,
     EquivocationRow,
@@ -41,7 +43,7 @@ from swarm_coordinator.round_events import (
 )
 from swarm_coordinator.rounds import Phase, State, advance
 from swarm_protocol import encoding, equivocation
-from swarm_protocol.draw import Drawable, chain_value, drawn
+from swarm_protocol.draw import Drawable, chain_value, drawn, drawn_parts
 from swarm_protocol.errors import InvalidDataError
 from swarm_protocol.identity import Identity, peer_id
 from swarm_protocol.log import Log, leaf_hash
@@ -56,6 +58,7 @@ from swarm_protocol.records import (
     Envelope,
     Equivocation,
     PartHeld,
+    PartVerdict,
     Ready,
     Record,
     Registration,
@@ -145,32 +148,32 @@ class Entry:
         self._sign(Appointment(run=self._run, round=0, sequence=sequence, role=role, key=key))
         self._session.add(OfficeRow(run=self._run, key=key, role=role.value))
 
-    def note_verdict(self, auditor: bytes, verdict: Verdict) -> None:
+    def note_verdict(self, auditor: bytes, verdict: Verdict | PartVerdict) -> None:
         """Count a verdict; once an audit is resolved its outcome stays, and may end the node's standing."""
-        audit = self.archive.audit(verdict.round, verdict.slot)
+        part = verdict.part if isinstance(verdict, PartVerdict) else CONTRIBUTION
+        audit = self.archive.audit(verdict.round, verdict.slot, part)
         assert audit is not None
-        self._session.add(
-            VerdictRow(
-                run=self._run,
-                round=verdict.round,
-                slot=verdict.slot,
-                auditor=auditor,
-                outcome=verdict.outcome.value,
-                comparison=verdict.comparison and verdict.comparison.value,
-                statistic=verdict.statistic,
-                reason=verdict.reason,
-            )
+        row = VerdictRow(
+            run=self._run,
+            round=verdict.round,
+            slot=verdict.slot,
+            part=part,
+            auditor=auditor,
+            outcome=verdict.outcome.value,
+            reason=verdict.reason,
         )
+        if isinstance(verdict, Verdict):
+            row.comparison, row.statistic = verdict.comparison and verdict.comparison.value, verdict.statistic
+        self._session.add(row)
         self._session.flush()
         self.topics.add("audits")
         if audit.outcome is not None:
             return
-        votes = self.archive.verdicts(verdict.round, verdict.slot)
         outcome = resolve(
-            votes,
+            self.archive.verdicts(audit),
             len(set(self.archive.offices(Role.AUDITOR)) - {audit.peer}),
             self._office.spec.audit,
-            acceptances=acceptances_needed(audit.commitment),
+            acceptances=acceptances_needed(audit.audited),
         )
         if outcome is None:
             return
@@ -318,25 +321,47 @@ class Entry:
         row.beacon = reveal.value
         plan = self.archive.stored(RoundPlan, row.plan)
         contributions = self._contributions(row)
-        chosen = drawn(spec.audit, spec.standard_tokens, reveal, self._candidates(row, plan, contributions))
+        candidates = self._candidates(row, plan, contributions)
+        chosen = drawn(spec.audit, spec.standard_tokens, reveal, candidates)
         for slot, commitment in contributions.items():
-            peer = plan.roster[slot].peer
-            node = self.archive.node(peer)
             if slot in chosen:
-                self._session.add(
-                    AuditRow(
-                        run=self._run,
-                        round=effect.round,
-                        slot=slot,
-                        peer=peer,
-                        commitment=commitment.hash,
-                        segments=encoding.encode(list(chosen[slot])),
-                        outcome=None if node is None or node.ended_reason is None else MOOT,
-                    )
-                )
+                self._open_audit(plan, slot, CONTRIBUTION, commitment.hash, chosen[slot])
             elif self._vouched(row)[slot] // spec.standard_tokens < spec.audit.probation:
                 self._books.unaudited(effect.round, slot)
+        self._draw_parts(row, plan, reveal, candidates)
         self.topics |= {f"beacon:{effect.round}", "audits"}
+
+    def _draw_parts(self, row: RoundRow, plan: RoundPlan, reveal: BeaconReveal, candidates: list[Drawable]) -> None:
+        """Open an audit for each average of the manifest that is drawn."""
+        spec, vouched = self._office.spec, self._vouched(row)
+        names = self.archive.stored(RoundManifest, reveal.manifest).parts
+        slots: dict[int, int] = {}
+        for part, name in enumerate(names):
+            stored = None if name is None else self.archive.by_hash(name)
+            slot = None if stored is None else plan.slot_of(stored.signer)
+            if slot is not None:
+                slots[part] = slot
+        reducers = {part: vouched[slot] for part, slot in slots.items()}
+        for part in drawn_parts(spec.audit, spec.standard_tokens, reveal, candidates, reducers):
+            audited = names[part]
+            assert audited is not None
+            self._open_audit(plan, slots[part], part, audited, ())
+
+    def _open_audit(self, plan: RoundPlan, slot: int, part: int, audited: bytes, segments: Iterable[int]) -> None:
+        peer = plan.roster[slot].peer
+        node = self.archive.node(peer)
+        self._session.add(
+            AuditRow(
+                run=self._run,
+                round=plan.round,
+                slot=slot,
+                part=part,
+                peer=peer,
+                audited=audited,
+                segments=encoding.encode(list(segments)),
+                outcome=None if node is None or node.ended_reason is None else MOOT,
+            )
+        )
 
     def _candidates(self, row: RoundRow, plan: RoundPlan, contributions: dict[int, Commitment]) -> list[Drawable]:
         vouched = self._vouched(row)

@@ -33,6 +33,7 @@ from swarm_protocol.records import (
     Envelope,
     Equivocation,
     PartRecord,
+    PartVerdict,
     Ready,
     Record,
     Registration,
@@ -127,7 +128,7 @@ class Journal:
             entry.heard(envelope.key)
             if isinstance(record, Registration):
                 entry.register(envelope.key, record)
-            elif isinstance(record, Verdict):
+            elif isinstance(record, Verdict | PartVerdict):
                 entry.note_verdict(envelope.key, record)
             elif isinstance(record, Equivocation):
                 entry.note_equivocation(record)

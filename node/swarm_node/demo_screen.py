@@ -124,6 +124,13 @@ def show_result(console: Console, result: dict[str, Any]) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    averages = result["part_audits"]
+    console.print(
+        f"  {sum(averages.values())} averages made again: {averages['accepted']} accepted, {averages['rejected']} rejected, "
+        f"{averages['inconclusive']} inconclusive, {averages['unavailable']} unavailable",
+        highlight=False,
+        soft_wrap=True,
+    )
     for entry in result["rejected"]:
         console.print(
             f"  {entry['node']} in round {entry['round']}: {entry['reason']}", highlight=False, soft_wrap=True

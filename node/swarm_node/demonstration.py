@@ -147,10 +147,8 @@ async def _run(demo: _Demo) -> dict[str, Any]:
             "val_loss": [entry["loss"] for entry in sorted(status["evaluations"], key=lambda e: int(e["round"]))],
             "checkpoint_roots": {**roots, "coordinator": status["checkpoint"]["root"]},
             "contributions": sum(entry["committed"] for entry in status["history"]),
-            "audits": {
-                outcome: status["audits"][outcome]
-                for outcome in ("accepted", "rejected", "inconclusive", "unavailable")
-            },
+            "audits": _outcomes(status["audits"]),
+            "part_audits": _outcomes(status["part_audits"]),
             "comparisons": status["audits"]["comparisons"],
             "rejected": [
                 {"node": entry["name"], "round": entry["round"], "reason": entry["reason"]}
@@ -161,6 +159,10 @@ async def _run(demo: _Demo) -> dict[str, Any]:
             "bytes_sent": {name: _node_status(demo, name)["bytes_sent"] for name in demo.nodes},
             "wall_s": round(time.monotonic() - demo.started, 1),
         }
+
+
+def _outcomes(counts: dict[str, Any]) -> dict[str, int]:
+    return {outcome: counts[outcome] for outcome in ("accepted", "rejected", "inconclusive", "unavailable")}
 
 
 async def _start_coordinator(demo: _Demo) -> str:
@@ -197,7 +199,7 @@ async def _watch(demo: _Demo, client: CoordinatorClient, honest: list[str]) -> d
     status: dict[str, Any] = {}
 
     def complete() -> bool:
-        done = status.get("phase") == "finished" and status["audits"]["pending"] == 0
+        done = status.get("phase") == "finished" and _pending(status) == 0
         return done and len(status["evaluations"]) == demo.options.rounds + 1
 
     progress = _Deadline(START_S + ROUND_S)
@@ -206,7 +208,7 @@ async def _watch(demo: _Demo, client: CoordinatorClient, honest: list[str]) -> d
             status = await client.status()
         except UnreachableError:
             demo.swarm.check("coordinator")
-        progress.note((status.get("round"), status.get("phase"), status.get("audits", {}).get("pending")))
+        progress.note((status.get("round"), status.get("phase"), status and _pending(status)))
         demo.screen.update(status, {name: _node_status(demo, name) for name in demo.nodes})
         for name in honest:
             if demo.nodes[name].ended_badly():
@@ -240,6 +242,10 @@ class _Deadline:
 
     def over(self) -> bool:
         return time.monotonic() - self._since > self.limit_s
+
+
+def _pending(status: dict[str, Any]) -> int:
+    return int(status["audits"]["pending"] + status["part_audits"]["pending"])
 
 
 def _holds_checkpoint(demo: _Demo, name: str, round_number: int) -> bool:

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from swarm_node.contribution import Contribution, load
 from swarm_node.faults import NONE, Faults, Point
@@ -26,6 +27,20 @@ from swarm_protocol.records import Envelope, PartRecord
 from swarm_protocol.spec import RunSpec
 
 HELD_BYTES = 128 << 20
+
+
+def is_wanted(detail: dict[str, Any], peer: str) -> bool:
+    """Whether auditors may still ask a node for what it keeps of a round.
+
+    That is: for the states of its own contribution, or for inputs and receipts of any average, which all nodes of the round
+    have, so that no reducer can hide by serving nothing.
+
+    Args:
+        detail: the API's `RoundDetail`.
+        peer: the node's PeerID.
+    """
+    mine = [seat["audit"] for seat in detail["roster"] if seat["peer"] == peer]
+    return "pending" in mine or any(record["audit"] == "pending" for record in detail["part_records"])
 
 
 @dataclass(frozen=True)

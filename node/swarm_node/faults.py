@@ -47,9 +47,12 @@ class Action(StrEnum):
 
 @dataclass(frozen=True)
 class Fault:
+    """`onwards`: in every round from this one on."""
+
     action: Action
     point: Point
     round: int
+    onwards: bool = False
 
     @classmethod
     def parse(cls, text: str) -> Fault:
@@ -108,7 +111,11 @@ class Faults:
         return any(fault.action is action for fault in self._here(point, round_number))
 
     def _here(self, point: Point, round_number: int) -> list[Fault]:
-        return [fault for fault in self.planned if (fault.point, fault.round) == (point, round_number)]
+        return [
+            fault
+            for fault in self.planned
+            if fault.point is point and (fault.round == round_number or (fault.onwards and fault.round < round_number))
+        ]
 
 
 def _other(record: PartRecord, identity: Identity) -> Envelope:

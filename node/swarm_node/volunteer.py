@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import threading
 import time
@@ -18,7 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from swarm_node import contribution as contributions
-from swarm_node import reduction_evidence
+from swarm_node import evidence, reduction_evidence
 from swarm_node.averages import Averages
 from swarm_node.conduct import HONEST, Conduct
 from swarm_node.contribution import Contribution, Progress
@@ -98,8 +99,8 @@ class Volunteer:
         self._threads = threads
         self._key = ledger.identity.public_key
         self._fingerprint = runtime_fingerprint(device, threads)
-        self._faults = faults
-        self._evidence = Evidence(faults)
+        self._faults = Faults((*faults.planned, *conduct.faults.planned))
+        self._evidence = Evidence(self._faults)
         self._measured = Measured()
         self._vector = np.empty(client.spec.model.num_parameters, np.float32)
         self._desk = ExchangeDesk()
@@ -124,8 +125,8 @@ class Volunteer:
         """
         self._evidence.restore(self._spec, self._run_folder)
         self._checkpoint = await asyncio.to_thread(self._run_folder.load_checkpoint)
-        evidence = {**self._evidence.handlers, **reduction_evidence.handlers(self._spec, self._run_folder)}
-        await self._plane.serve({**self._conduct.evidence(evidence), **self._desk.handlers})
+        served = {**self._evidence.handlers, **reduction_evidence.handlers(self._spec, self._run_folder)}
+        await self._plane.serve({**self._conduct.evidence(served), **self._desk.handlers})
         await self._register()
         shards = await self._patiently(lambda: fetch.Shards.open(self._client, self._run_folder.shards))
         presence = asyncio.create_task(self._stay_connected())
@@ -280,6 +281,7 @@ class Volunteer:
             await exchange.stop()
             await self._desk.open(None)
             await asyncio.to_thread(self._evidence.write)
+            gc.collect()  # cancelled tasks and their frames hold each other, and some megabytes of parts
         if mine is not None:
             self._in_background(self._open_nonce(plan, mine))
             self._in_background(self._keep_what_is_drawn(plan, mine))
@@ -402,7 +404,7 @@ class Volunteer:
 
     async def _wanted(self, round_number: int) -> bool:
         detail = await self._patiently(lambda: self._client.round_detail(round_number))
-        return any(seat["peer"] == self.progress.peer and seat["audit"] == "pending" for seat in detail["roster"])
+        return evidence.is_wanted(detail, self.progress.peer)
 
     async def _commitments(self, plan: RoundPlan) -> Commitments:
         while True:
@@ -419,7 +421,8 @@ class Volunteer:
     # Leaving
 
     async def _serve_out(self) -> None:
-        """Serve evidence until our open audits have their verdict, or the time that the spec gives for evidence is over."""
+        """Serve evidence until our open audits have their verdict, and those of the averages of our last round; no longer
+        than the time that the spec gives for evidence."""
         if self._last_round is None:
             return
         self._tell("serving evidence to auditors")
@@ -429,7 +432,7 @@ class Volunteer:
                 await asyncio.gather(*self._background, return_exceptions=True)
                 while await self._patiently(lambda: self._client.beacon(last, wait_s=POLL_S)) is None:
                     pass
-                while await self._audits_pending():  # noqa: ASYNC110  # the event is at the coordinator
+                while await self._audits_pending() or await self._wanted(last):  # noqa: ASYNC110  # the event is at the coordinator
                     await asyncio.sleep(0.5)
 
     async def _audits_pending(self) -> bool:

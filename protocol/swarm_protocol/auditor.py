@@ -1,8 +1,9 @@
-"""The auditor: replays contributions that were drawn, compares, and signs a verdict. A process of its own, on any machine.
+"""The auditor: replays what was drawn, compares, and signs a verdict. A process of its own, on any machine.
 
 It takes what the coordinator lists as open, fetches the claimed states from the node that made them, each piece checked
 against the node's commitment, trains the same slot from the same checkpoint on the same data, and says how the two compare.
-Auditors seldom do the same work twice, except where a rejection needs a second one.
+An average that was drawn it makes again from the inputs that its reducer, or their senders, serve. Auditors seldom do the
+same work twice, except where a rejection needs a second one.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from swarm_protocol.fingerprint import fingerprint_hash, runtime_fingerprint
 from swarm_protocol.gathering import Subjects
 from swarm_protocol.identity import Identity
 from swarm_protocol.peers import PeerPlane
-from swarm_protocol.records import Outcome, Verdict
+from swarm_protocol.records import Outcome, PartRecord, PartVerdict, Verdict
+from swarm_protocol.reduction_audit import ReductionVerdict
+from swarm_protocol.reduction_gathering import Reductions
 from swarm_protocol.replay import Judgement
 from swarm_protocol.signing import SigningLedger
 from swarm_protocol.tolerances import Tolerances
@@ -39,6 +42,9 @@ RETRY_S = 5.0
 AT_ONCE = 8
 
 T = TypeVar("T")
+
+Name = tuple[int, int, int | None]
+"""The round, the slot, and the part where an average is audited."""
 
 
 async def run(directory: Path, url: str, key_path: Path, *, threads: int = 1) -> None:
@@ -90,8 +96,9 @@ class Auditor:
         self._device = device
         self._fingerprint = fingerprint_hash(runtime_fingerprint(device, threads))
         self._subjects = Subjects(client)
-        self._first_seen: dict[tuple[int, int], float] = {}
-        self._under_way: set[tuple[int, int]] = set()
+        self._reductions = Reductions(client, plane)
+        self._first_seen: dict[Name, float] = {}
+        self._under_way: set[Name] = set()
         self._replaying = asyncio.Lock()
         self._tolerances: Tolerances | None = None
 
@@ -102,19 +109,19 @@ class Auditor:
         async with asyncio.TaskGroup() as tasks:
             while True:
                 open_audits = await self._patiently(lambda: self._client.open_audits(self._key, wait_s=POLL_S))
-                for wanted in self._due(open_audits)[: AT_ONCE - len(self._under_way)]:
-                    name = (int(wanted["round"]), int(wanted["slot"]))
+                for wanted in self._with_room(self._due(open_audits)):
+                    name = _name(wanted)
                     self._under_way.add(name)
                     tasks.create_task(self._audit(wanted, shards)).add_done_callback(partial(self._ended, name))
                 await asyncio.sleep(PAUSE_S)
 
-    def _ended(self, name: tuple[int, int], _: asyncio.Task[None]) -> None:
+    def _ended(self, name: Name, _: asyncio.Task[None]) -> None:
         self._under_way.discard(name)
 
     def _due(self, audits: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The audits to begin now, oldest first: where it is our turn, or was another's for too long."""
         now = time.monotonic()
-        names = [(int(wanted["round"]), int(wanted["slot"])) for wanted in audits]
+        names = [_name(wanted) for wanted in audits]
         self._first_seen = {name: self._first_seen.get(name, now) for name in names}
         return [
             wanted
@@ -123,25 +130,45 @@ class Auditor:
             and (wanted["turn"] == self._key.hex() or now - self._first_seen[name] > self._spec.audit.evidence_s)
         ]
 
+    def _with_room(self, due: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """As many as there is room for, apart for contributions and averages: neither waits for the other's evidence."""
+        chosen: list[dict[str, Any]] = []
+        for averages in (False, True):
+            busy = sum((part is not None) is averages for _, _, part in self._under_way)
+            chosen += [wanted for wanted in due if (wanted["part"] is not None) is averages][: AT_ONCE - busy]
+        return chosen
+
     async def _audit(self, wanted: dict[str, Any], shards: fetch.Shards) -> None:
-        round_number, slot = int(wanted["round"]), int(wanted["slot"])
         started = time.monotonic()
+        round_number, slot, part = _name(wanted)
+        what = f"round {round_number} slot {slot}" + ("" if part is None else f" part {part}")
         try:
-            subject = await self._patiently(
-                lambda: self._subjects.find(round_number, slot, bytes.fromhex(wanted["commitment"]))
-            )
-            segments = [int(index) for index in wanted["segments"]]
-            if not segments or not 0 <= min(segments) <= max(segments) < len(subject.segments):
-                raise InvalidDataError("the audit names segments that do not exist")
-            needed = data.shards_of(self._spec, subject.plan, slot, shards.manifest)
-            await self._patiently(lambda: shards.ensure(needed))
-            finding = await self._examine(subject, segments, shards)
+            verdict = await (self._contribution(wanted, shards) if part is None else self._average(wanted))
         except (RefusedError, InvalidDataError) as error:
-            log.warning("round %d slot %d cannot be audited here: %s", round_number, slot, error)
+            log.warning("%s cannot be audited here: %s", what, error)
             await asyncio.sleep(RETRY_S)
             return
+        earlier = self._ledger.find(self._spec.run_id, verdict.kind, round_number, verdict.sequence)
+        envelope = earlier or self._ledger.sign(verdict)
+        try:
+            await self._patiently(lambda: self._client.post(envelope))
+        except RefusedError as error:
+            log.info("the verdict on %s is no longer wanted: %s", what, error)
+        log.info("%s: %s in %.1f s", what, verdict.reason, time.monotonic() - started)
+
+    async def _contribution(self, wanted: dict[str, Any], shards: fetch.Shards) -> Verdict:
+        round_number, slot, _ = _name(wanted)
+        subject = await self._patiently(
+            lambda: self._subjects.find(round_number, slot, bytes.fromhex(wanted["audited"]))
+        )
+        segments = [int(index) for index in wanted["segments"]]
+        if not segments or not 0 <= min(segments) <= max(segments) < len(subject.segments):
+            raise InvalidDataError("the audit names segments that do not exist")
+        needed = data.shards_of(self._spec, subject.plan, slot, shards.manifest)
+        await self._patiently(lambda: shards.ensure(needed))
+        finding = await self._examine(subject, segments, shards)
         judgement = finding.judgement
-        verdict = Verdict(
+        return Verdict(
             run=self._spec.run_id,
             round=round_number,
             sequence=slot,
@@ -154,13 +181,31 @@ class Auditor:
             steps_replayed=finding.steps_replayed,
             fingerprint=self._fingerprint,
         )
-        earlier = self._ledger.find(self._spec.run_id, Verdict.kind, round_number, slot)
-        envelope = earlier or self._ledger.sign(verdict)
-        try:
-            await self._patiently(lambda: self._client.post(envelope))
-        except RefusedError as error:
-            log.info("the verdict on round %d slot %d is no longer wanted: %s", round_number, slot, error)
-        log.info("round %d slot %d: %s in %.1f s", round_number, slot, judgement.reason, time.monotonic() - started)
+
+    async def _average(self, wanted: dict[str, Any]) -> PartVerdict:
+        """Ask for the inputs until they are there, or the time that the spec gives for evidence is over."""
+        round_number, slot, part = _name(wanted)
+        envelope = await self._patiently(lambda: self._client.record(bytes.fromhex(wanted["audited"])))
+        record = envelope.open_as(PartRecord, run=self._spec.run_id, round=round_number)
+        reduced = await self._patiently(lambda: self._reductions.round(round_number))
+        if record.part != part or reduced.plan.slot_of(envelope.key) != slot:
+            raise InvalidDataError("the part record is for another part, or by somebody else")
+        end = time.monotonic() + self._spec.audit.evidence_s
+        found: ReductionVerdict | None = None
+        while found is None or (found.outcome.vote is Outcome.UNAVAILABLE and time.monotonic() < end):
+            if found is not None:
+                await asyncio.sleep(1.0)
+            found = await self._patiently(lambda: self._reductions.judge(envelope))
+        return PartVerdict(
+            run=self._spec.run_id,
+            round=round_number,
+            sequence=record.part,
+            part=record.part,
+            slot=slot,
+            part_record=record.hash,
+            outcome=found.outcome.vote,
+            reason=found.reason[:500],
+        )
 
     async def _examine(self, subject: Subject, drawn: list[int], shards: fetch.Shards) -> Finding:
         """Fetch what the node has to show, replay, and judge. With exact numerics all can be made again without the node."""
@@ -193,3 +238,8 @@ class Auditor:
 
     async def _patiently(self, attempt: Callable[[], Awaitable[T]]) -> T:
         return await persist(attempt, deadline_s=PATIENCE_S)
+
+
+def _name(wanted: dict[str, Any]) -> Name:
+    part = wanted["part"]
+    return int(wanted["round"]), int(wanted["slot"]), None if part is None else int(part)

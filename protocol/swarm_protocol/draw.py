@@ -1,4 +1,4 @@
-"""Who is audited, in which segments: a hash chain fixed before the run, and what the nodes committed to. Exact domain.
+"""What is audited, contributions and averages: a hash chain fixed before the run, and what nodes committed to. Exact domain.
 
 The chain's end is in the RunSpec; each round reveals the value before the last one revealed, so that nobody can choose it
 after the start. A draw hashes it with the nonces that the nodes opened and with the manifest. Anybody repeats a draw from
@@ -8,7 +8,7 @@ public records.
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from blake3 import blake3
@@ -20,6 +20,7 @@ from swarm_protocol.spec import AuditSpec
 _BEACON = "swarm-node 2026 beacon"
 _NONCE = "swarm-node 2026 nonce"
 _DRAW = "swarm-node 2026 draw"
+_PART_DRAW = "swarm-node 2026 part draw"
 
 
 @dataclass(frozen=True)
@@ -94,14 +95,8 @@ def drawn(
     Where that is more than `audit.budget` of the tokens committed to in the round, slots without a nonce come first, then
     those with the lowest first 64 bits, as many as fit.
     """
-    hashes = {entry.slot: entry.nonce_hash for entry in commitments}
-    opened = {
-        opening.slot: opening.nonce
-        for opening in reveal.openings
-        if hashes.get(opening.slot) == nonce_hash(opening.nonce)
-    }
-    nonces = b"".join(struct.pack("<I", slot) + opened[slot] for slot in sorted(opened))
-    prefix = reveal.value + struct.pack("<I", len(opened)) + nonces + reveal.manifest
+    opened = _opened(reveal, commitments)
+    prefix = _prefix(reveal, opened)
     wanted: list[tuple[bool, int, Drawable, tuple[int, ...]]] = []
     for entry in commitments:
         digest = blake3(prefix + struct.pack("<I", entry.slot), derive_key_context=_DRAW).digest()
@@ -123,6 +118,51 @@ def drawn(
             left -= cost
             chosen[entry.slot] = segments
     return dict(sorted(chosen.items()))
+
+
+def drawn_parts(
+    audit: AuditSpec,
+    standard_tokens: int,
+    reveal: BeaconReveal,
+    commitments: Sequence[Drawable],
+    reducers: Mapping[int, int],
+) -> tuple[int, ...]:
+    """The parts of a round whose averages are audited, ascending.
+
+    The draw of a part is the hash of the same bytes as a slot's, with the part in the slot's place and under a key of its
+    own. Its average is audited if the first 64 bits are below `audit.reductions`, and certainly while its reducer is on
+    probation: recomputing averages costs far less than the replay of the whole contribution, which is due then as well.
+
+    Args:
+        reducers: for each part that the manifest has a record of, what audits have vouched for of who signed it first, in
+            tokens.
+    """
+    if not audit.reductions:
+        return ()
+    prefix = _prefix(reveal, _opened(reveal, commitments))
+    share = int(audit.reductions * 2**64)
+
+    def is_drawn(part: int) -> bool:
+        digest = blake3(prefix + struct.pack("<I", part), derive_key_context=_PART_DRAW).digest()
+        trusted = reducers[part] // standard_tokens >= audit.probation
+        return not trusted or int.from_bytes(digest[:8], "little") < share
+
+    return tuple(part for part in sorted(reducers) if is_drawn(part))
+
+
+def _opened(reveal: BeaconReveal, commitments: Iterable[Drawable]) -> dict[int, bytes]:
+    """The nonces that fit their commitments, by slot."""
+    hashes = {entry.slot: entry.nonce_hash for entry in commitments}
+    return {
+        opening.slot: opening.nonce
+        for opening in reveal.openings
+        if hashes.get(opening.slot) == nonce_hash(opening.nonce)
+    }
+
+
+def _prefix(reveal: BeaconReveal, opened: Mapping[int, bytes]) -> bytes:
+    nonces = b"".join(struct.pack("<I", slot) + opened[slot] for slot in sorted(opened))
+    return reveal.value + struct.pack("<I", len(opened)) + nonces + reveal.manifest
 
 
 def _hashed(value: bytes, times: int) -> bytes:

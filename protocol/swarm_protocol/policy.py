@@ -8,6 +8,7 @@ draw and every decision: the coordinator keeps it up to date, and a verifier fol
     rejected               standing ends, all pending credit is forfeited
     inconclusive           the contribution's credit is forfeited, and nothing else: nobody was caught
     unavailable            the same, and probation starts anew; `max_unavailable` within the window end the standing
+    average rejected       standing ends, all pending credit is forfeited; no other audit of an average has an effect
     `horizon` rounds later what is still pending, and not in an open audit, is settled
 """
 
@@ -68,6 +69,17 @@ def ruling(account: Account, outcome: Outcome, *, round: int, tokens: int, polic
             return Ruling(account, forfeits_contribution=True, forfeits_everything=False)
 
 
+def reduction_ruling(account: Account, outcome: Outcome, reason: str) -> Ruling:
+    """The effect of a resolved audit of an average on the identity that made it.
+
+    Only a rejection has one: inputs that nobody serves may be missing through the fault of their senders.
+    """
+    if outcome is not Outcome.REJECTED:
+        return Ruling(account, forfeits_contribution=False, forfeits_everything=False)
+    ended = replace(account, ended=account.ended or reason)
+    return Ruling(ended, forfeits_contribution=False, forfeits_everything=True)
+
+
 def resolve(
     verdicts: Mapping[bytes, Outcome], auditors: int, policy: AuditSpec, *, acceptances: int = 1
 ) -> Outcome | None:
@@ -98,17 +110,18 @@ def resolve(
     return Outcome.INCONCLUSIVE
 
 
-def acceptances_needed(commitment: bytes) -> int:
-    """Two for one audit in `CROSS_CHECK_ONE_IN`, else one: an auditor that accepts everything unseen is found out."""
-    return (
-        2 if int.from_bytes(blake3(b"cross-check" + commitment).digest()[:4], "little") % CROSS_CHECK_ONE_IN == 0 else 1
-    )
+def acceptances_needed(audited: bytes) -> int:
+    """Two for one audit in `CROSS_CHECK_ONE_IN`, else one: an auditor that accepts everything unseen is found out.
+
+    `audited` is the hash of the commitment or of the part record.
+    """
+    return 2 if int.from_bytes(blake3(b"cross-check" + audited).digest()[:4], "little") % CROSS_CHECK_ONE_IN == 0 else 1
 
 
-def whose_turn(commitment: bytes, auditors: Iterable[bytes], voted: Collection[bytes]) -> bytes:
+def whose_turn(audited: bytes, auditors: Iterable[bytes], voted: Collection[bytes]) -> bytes:
     """The auditor who should look next, so that several share the work without talking: by rendezvous hash.
 
     Others may step in when it does not come to it. Empty where everybody has voted.
     """
     waiting = sorted(key for key in auditors if key not in voted)
-    return max(waiting, key=lambda key: blake3(commitment + key).digest(), default=b"")
+    return max(waiting, key=lambda key: blake3(audited + key).digest(), default=b"")

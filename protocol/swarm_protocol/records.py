@@ -29,13 +29,13 @@ _SMALL_BYTES = 1 << 12
 
 _Hex = PlainSerializer(bytes.hex, when_used="json")
 Bytes32 = Annotated[bytes, Field(min_length=32, max_length=32), _Hex]
-Signature = Annotated[bytes, Field(min_length=64, max_length=64), _Hex]
 Round = Annotated[int, Field(ge=0, lt=1 << 31)]
 Sequence = Annotated[int, Field(ge=0, lt=1 << 62)]
 Slot = Annotated[int, Field(ge=0, lt=MAX_SLOTS)]
 Milliseconds = Annotated[int, Field(ge=0, lt=1 << 53, description="Unix time in milliseconds")]
 Label = Annotated[str, Field(max_length=64)]
 Reason = Annotated[str, Field(max_length=500)]
+Multiaddr = Annotated[str, Field(min_length=1, max_length=256)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -45,7 +45,7 @@ class Role(StrEnum):
 
 
 class Outcome(StrEnum):
-    """What an auditor says of a contribution."""
+    """What an auditor says of a contribution, or of an average."""
 
     ACCEPTED = "accepted"
     REJECTED = "rejected"
@@ -65,14 +65,10 @@ class Comparison(StrEnum):
 class SketchFault(StrEnum):
     """Why a slot is not in a round's selection, though its contribution counts."""
 
-    MISSING = "missing"
-    """No signed sketches in time."""
-    UNAVAILABLE = "unavailable"
-    """Signed, but their bytes were nowhere to be had in time."""
-    UNSOUND = "unsound"
-    """Their bytes are not finite sketches under the signed root."""
-    FORGED = "forged"
-    """A sketch is not that of the part that was committed to: an objection that was recomputed."""
+    MISSING = "missing"  # no signed sketches in time
+    UNAVAILABLE = "unavailable"  # signed, but their bytes were nowhere to be had in time
+    UNSOUND = "unsound"  # their bytes are not finite sketches under the signed root
+    FORGED = "forged"  # a sketch is not that of the part that was committed to: an objection that was recomputed
 
 
 class _Frozen(BaseModel):
@@ -136,11 +132,7 @@ class Addresses(Record):
     """Where the signer can be dialled on the peer plane; the checkpoint worker's are everybody's way in."""
 
     kind: ClassVar[str] = "addresses"
-    multiaddrs: Annotated[
-        tuple[Annotated[str, Field(min_length=1, max_length=256)], ...],
-        Strict(False),
-        Field(min_length=1, max_length=16),
-    ]
+    multiaddrs: Annotated[tuple[Multiaddr, ...], Strict(False), Field(min_length=1, max_length=16)]
 
 
 class Ready(Record):
@@ -357,6 +349,17 @@ class Verdict(Record):
     fingerprint: Bytes32
 
 
+class PartVerdict(Record):
+    """An auditor's signed outcome for one average, made by the reducer who holds `slot`. The sequence is the part."""
+
+    kind: ClassVar[str] = "part-verdict"
+    part: Annotated[int, Field(ge=0, lt=MAX_PARTS)]
+    slot: Slot
+    part_record: Bytes32
+    outcome: Annotated[Outcome, Strict(False)]
+    reason: Reason
+
+
 class Equivocation(Record):
     """Two different records that one key signed under one name, as encoded envelopes: they prove it, whoever hands them in.
 
@@ -382,8 +385,7 @@ KINDS: dict[str, type[Record]] = {
     for record in (
         Registration, Appointment, Addresses, Ready, RoundPlan, Commitment, CommitmentSet, Sketches, SketchObjection,
         SketchSet, PartRecord, PartReceipt, PartHeld, CheckpointReport, RoundManifest, NonceOpening, BeaconReveal, Verdict,
-        Equivocation,
-        Evaluation,
+        PartVerdict, Equivocation, Evaluation,
     )
 }  # fmt: skip
 
@@ -408,9 +410,7 @@ def parse(body: bytes) -> Record:
     kind, version = fields.pop("kind", None), fields.pop("v", None)
     record_type = KINDS.get(kind) if isinstance(kind, str) else None
     if record_type is None or version != record_type.version:
-        raise EncodingError(
-            f"no record of kind {kind!r:.40} and version {version!r:.20} is known here; upgrade swarm-node?"
-        )
+        raise EncodingError(f"no record of kind {kind!r:.40} and version {version!r:.20} is known; upgrade swarm-node?")
     try:
         record = record_type.model_validate(fields)
     except ValidationError as error:

@@ -13,7 +13,7 @@ from enum import StrEnum
 
 from swarm_protocol import chunks, merkle, parts, reduction
 from swarm_protocol.errors import InvalidDataError
-from swarm_protocol.records import Commitment, Envelope, PartReceipt, PartRecord, RoundPlan, SketchSet
+from swarm_protocol.records import Commitment, Envelope, Outcome, PartReceipt, PartRecord, RoundPlan, SketchSet
 from swarm_protocol.spec import RunSpec
 
 
@@ -24,6 +24,11 @@ class ReductionOutcome(StrEnum):
     WRONG_AVERAGE = "rejected: wrong average"
     LEFT_OUT = "rejected: receipted sender left out"
     UNAVAILABLE = "unavailable"
+
+    @property
+    def vote(self) -> Outcome:
+        """What an auditor's signed verdict says of it."""
+        return Outcome(self.value.partition(":")[0])
 
 
 @dataclass(frozen=True)
@@ -86,13 +91,15 @@ def judge(
         entitled = {slot: plan.roster[slot].weight for slot in commitments}
     else:
         entitled = {one.slot: one.weight for one in closing.selected}
+    name = f"part {record.part} in round {record.round}"
+    wrong = f"wrong average of {name}:"
     left_out = _left_out(spec, record, published.key, commitments, receipts, closing)
     if left_out:
-        reason = f"the reducer signed receipts for slots that its average leaves out: {_list(left_out)}"
+        reason = f"receipted sender left out of {name}: the reducer signed receipts for slots {_list(left_out)}"
         return ReductionVerdict(ReductionOutcome.LEFT_OUT, reason, left_out)
     strangers = tuple(slot for slot in record.slots if slot not in entitled)
     if strangers:
-        reason = f"the average has slots in it that were not selected: {_list(strangers)}"
+        reason = f"{wrong} it has slots in it that were not selected: {_list(strangers)}"
         return ReductionVerdict(ReductionOutcome.WRONG_AVERAGE, reason, strangers)
     missing = tuple(
         slot
@@ -107,9 +114,10 @@ def judge(
             parts.require_sound(spec, record.part, inputs[slot].data)
         expected = reduction.average(spec, record.part, {slot: inputs[slot].data for slot in record.slots}, entitled)
     except InvalidDataError as error:
-        return ReductionVerdict(ReductionOutcome.WRONG_AVERAGE, f"these inputs have no average: {error}", record.slots)
+        reason = f"{wrong} these inputs have no average: {error}"
+        return ReductionVerdict(ReductionOutcome.WRONG_AVERAGE, reason, record.slots)
     if (chunks.content_hash(expected), len(expected)) != (record.result, record.size_bytes):
-        reason = "the average of the committed inputs has other bits than the one that was published"
+        reason = f"{wrong} that of the committed inputs has other bits"
         return ReductionVerdict(ReductionOutcome.WRONG_AVERAGE, reason, record.slots)
     return ReductionVerdict(ReductionOutcome.ACCEPTED, "equal in every bit", record.slots)
 

@@ -186,15 +186,19 @@ class AuditSpec(_Section):
     budget: float = Field(
         1.0, gt=0.0, le=1.0, description="share of a round's training that audits may replay; the lowest draws go first"
     )
+    reductions: float = Field(
+        0.05,
+        ge=0.0,
+        le=1.0,
+        description="share of the averages by reducers beyond probation that are audited, on probation all; 0: none at all",
+    )
     horizon: int = Field(
         20, ge=1, le=10_000, description="rounds for which credit is pending, and forfeited by a reject"
     )
     accept: float = Field(1e-4, gt=0.0, lt=1.0, description="relative L2 distance up to which a replay agrees (native)")
     reject: float = Field(3e-4, gt=0.0, lt=10.0, description="relative L2 distance above which it disagrees (native)")
     evidence_s: float = Field(60.0, ge=1.0, le=86400.0, description="time a node has to serve its evidence")
-    rejecting_auditors: int = Field(
-        2, ge=1, le=10, description="auditors that must agree before a contribution is rejected"
-    )
+    rejecting_auditors: int = Field(2, ge=1, le=10, description="auditors that must agree before anything is rejected")
     max_unavailable: int = Field(3, ge=1, le=1000, description="unavailable audits that end an identity's standing")
     unavailable_window: int = Field(20, ge=1, le=10_000, description="rounds within which these have to fall")
     tolerance_file: Hash | None = Field(None, description="hash of the calibrated tolerances (native)")

@@ -26,6 +26,7 @@ from swarm_protocol.records import (
     Outcome,
     PartHeld,
     PartRecord,
+    PartVerdict,
     Ready,
     Record,
     Registration,
@@ -163,6 +164,23 @@ class Cast:
         )
         return Envelope.sign(auditor, record)
 
+    def part_verdict(
+        self, auditor: Identity, part_record: Envelope, slot: int, outcome: Outcome = Outcome.ACCEPTED
+    ) -> Envelope:
+        judged = part_record.open_as(PartRecord, run=self.run)
+        reason = "equal in every bit" if outcome is Outcome.ACCEPTED else f"wrong average of part {judged.part}"
+        record = PartVerdict(
+            run=self.run,
+            round=judged.round,
+            sequence=judged.part,
+            part=judged.part,
+            slot=slot,
+            part_record=judged.hash,
+            outcome=outcome,
+            reason=reason,
+        )
+        return Envelope.sign(auditor, record)
+
     def evaluation(self, round_number: int, root: bytes) -> Envelope:
         record = Evaluation(run=self.run, round=round_number, root=root, loss=5.4, tokens=512)
         return Envelope.sign(self.worker, record)
@@ -186,10 +204,17 @@ MakeCast = Callable[..., Cast]
 
 @pytest.fixture
 def make_cast(tmp_path: Path) -> MakeCast:
-    """`make_cast(nodes=2, rounds=2, token=None, aggregator="multi_krum")`: a run's directory, and who takes part in it."""
+    """`make_cast(nodes=2, rounds=2, token=None, ...)`: a run's directory, and who takes part in it.
+
+    Averages are audited only where `reductions` is given.
+    """
 
     def make(
-        nodes: int = 2, rounds: int = 2, token: str | None = None, aggregator: aggregate.Name = "multi_krum"
+        nodes: int = 2,
+        rounds: int = 2,
+        token: str | None = None,
+        aggregator: aggregate.Name = "multi_krum",
+        reductions: float = 0.0,
     ) -> Cast:
         home = RunDirectory(tmp_path / "run")
         coordinator, worker, auditors = identity(1), identity(2), [identity(3), identity(4)]
@@ -214,7 +239,7 @@ def make_cast(tmp_path: Path) -> MakeCast:
             exchange=ExchangeSpec(parts=2, aggregator=aggregator),
             outer=OuterSpec(),
             rounds=RoundsSpec(count=rounds, min_nodes=nodes, max_nodes=nodes, assemble_s=0.0),
-            audit=AuditSpec(),
+            audit=AuditSpec(reductions=reductions),
         )
         home.spec_file.write_bytes(spec.encode())
         return Cast(home, spec, [identity(10 + number) for number in range(nodes)], worker, auditors)

@@ -65,6 +65,7 @@ keep_rounds = 16
 [audit]
 probation = {probation}
 floor = {floor}
+reductions = {reductions}
 evidence_s = {evidence_s}
 """
 
@@ -83,6 +84,7 @@ DEFAULTS: dict[str, Any] = {
     "evidence_s": 20.0,
     "probation": 1,
     "floor": 0.25,
+    "reductions": 0.25,
 }
 
 
@@ -196,6 +198,7 @@ class Run:
         def ended() -> dict[str, Any] | None:
             status = self.status()
             done = status.get("phase") == "finished" and status["audits"]["pending"] == 0
+            done = done and status["part_audits"]["pending"] == 0
             return status if done and len(status["evaluations"]) == status["rounds"] + 1 else None
 
         return self.until(ended, what="the run ends", timeout_s=timeout_s)

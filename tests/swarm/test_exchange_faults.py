@@ -111,7 +111,9 @@ def test_reducers_that_sign_two_records_of_a_part_are_proved_to_and_left_out_of_
 
 
 def test_whoever_audits_reducers_accepts_the_honest_and_rejects_each_lie(start_run: Start) -> None:
-    run = begin(start_run, "misreport:reducing:0", "leave-out:reducing:0", parts=8, rounds=50)
+    # The run's own auditors look away, or the liars would soon be gone, and their inputs with them.
+    lies = ("misreport:reducing:0", "leave-out:reducing:0")
+    run = begin(start_run, *lies, parts=8, rounds=50, reductions=0.0)
     status = run.reaches(1, timeout_s=400)
     verdicts: dict[str, set[str]] = {}
     names = {node["peer"]: node["name"] for node in status["nodes"]}

@@ -100,6 +100,27 @@ def test_whoever_shows_no_evidence_is_unavailable_and_in_the_end_out(start_run: 
     assert silent["reason"].startswith("its evidence was unavailable in 3 audits")
 
 
+def test_a_lying_reducer_is_rejected_for_its_averages_and_nobody_else_loses_anything(start_run: Start) -> None:
+    run = start_run(rounds=1, parts=12, assemble_s=25.0, presence_s=20.0, reductions=1.0)
+    run.serve()
+    liar = Kind.LYING_REDUCER.value
+    run.join(liar, "--cheat", liar)
+    for name in ("honest-1", "honest-2"):
+        run.join(name)
+    status = run.ends()
+    nodes = {node["name"]: node for node in status["nodes"]}
+    assert {entry["name"] for entry in status["rejected"]} == {liar}
+    for entry in status["rejected"]:
+        assert entry["reason"].startswith(f"wrong average of part {entry['part']} in round 0:")
+    assert nodes[liar]["standing"] == "ended"
+    assert nodes[liar]["reason"] == status["rejected"][0]["reason"]
+    assert nodes[liar]["credit"] == {"pending": 0, "settled": 0, "forfeited": 6 * 8 * 64}
+    assert status["part_audits"]["accepted"] == 8  # each is the first reducer of four parts
+    for name in ("honest-1", "honest-2"):
+        assert (nodes[name]["standing"], nodes[name]["rejected"], nodes[name]["accepted"]) == ("good", 0, 1)
+        assert nodes[name]["credit"] == {"pending": 0, "settled": 6 * 8 * 64, "forfeited": 0}
+
+
 def test_exact_audits_need_no_evidence_and_see_one_flipped_bit(start_run: Start) -> None:
     harmless = (Kind.REFUSES_EVIDENCE, Kind.FORGED_EVIDENCE)
     status, nodes = finished(start_run, *EXACT, *harmless, rounds=1, numerics="exact")

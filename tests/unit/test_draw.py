@@ -8,7 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarm_protocol.draw import Drawable, chain_end, chain_value, drawn, nonce_hash, probability, verify_value
+from swarm_protocol.draw import (
+    Drawable,
+    chain_end,
+    chain_value,
+    drawn,
+    drawn_parts,
+    nonce_hash,
+    probability,
+    verify_value,
+)
 from swarm_protocol.errors import HashMismatchError
 from swarm_protocol.records import BeaconReveal, SlotNonce
 from swarm_protocol.spec import AuditSpec
@@ -138,6 +147,38 @@ def test_the_draw_does_not_depend_on_the_order_in_which_contributions_are_listed
     assert slots(audit, reveal(range(40)), listed) == slots(audit, reveal(range(40)), listed[::-1])
 
 
+def parts_of(audit: AuditSpec, revealed: BeaconReveal, reducers: dict[int, int], slots: int = 3) -> tuple[int, ...]:
+    return drawn_parts(audit, STANDARD, revealed, contributions(slots), reducers)
+
+
+def test_all_averages_of_a_reducer_on_probation_are_audited() -> None:
+    audit = AuditSpec(probation=10, reductions=1e-9)
+    reducers = {0: MUCH, 1: 10 * STANDARD - 1, 2: 10 * STANDARD, 4: 0}
+    assert parts_of(audit, reveal(range(3)), reducers) == (1, 4)
+
+
+def test_of_a_trusted_reducer_about_the_share_that_the_spec_names_is_audited() -> None:
+    reducers = dict.fromkeys(range(200), MUCH)
+    found = [parts_of(AuditSpec(), reveal(range(3), chain_value(SEED, number, 20)), reducers) for number in range(20)]
+    assert 0.04 < sum(map(len, found)) / 4000 < 0.06
+    assert len(set(found)) == 20
+
+
+def test_share_one_audits_all_averages_and_zero_none_even_on_probation() -> None:
+    reducers = {0: MUCH, 1: 0}
+    assert parts_of(AuditSpec(reductions=1.0), reveal(range(3)), reducers) == (0, 1)
+    assert parts_of(AuditSpec(reductions=0.0), reveal(range(3)), reducers) == ()
+
+
+def test_any_nonce_that_is_opened_changes_which_averages_are_drawn() -> None:
+    audit, reducers = AuditSpec(reductions=0.5), dict.fromkeys(range(64), MUCH)
+    every = parts_of(audit, reveal(range(3)), reducers)
+    assert every != parts_of(audit, reveal(range(2)), reducers)
+    invented = SlotNonce(slot=2, nonce=b"another" + bytes(25))
+    forged = BeaconReveal(**{**reveal(range(2)).model_dump(), "openings": (*reveal(range(2)).openings, invented)})
+    assert parts_of(audit, forged, reducers) == parts_of(audit, reveal(range(2)), reducers)
+
+
 def test_golden_vectors(golden: Callable[[str, dict[str, object]], None]) -> None:
     audit = AuditSpec(probation=0, floor=0.5)
     golden(
@@ -148,6 +189,7 @@ def test_golden_vectors(golden: Callable[[str, dict[str, object]], None]) -> Non
             "drawn": [
                 [slot, *found] for slot, found in drawn(audit, 1000, reveal(range(40)), contributions(40)).items()
             ],
+            "drawn_parts": parts_of(AuditSpec(reductions=0.25), reveal(range(3)), dict.fromkeys(range(64), MUCH)),
             "drawn_partly_opened": slots(audit, reveal(range(10)), contributions(14)),
         },
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from swarm_protocol.policy import Account, resolve, ruling, whose_turn
+from swarm_protocol.policy import Account, reduction_ruling, resolve, ruling, whose_turn
 from swarm_protocol.records import Outcome
 from swarm_protocol.spec import AuditSpec
 
@@ -76,6 +76,24 @@ def test_an_inconclusive_audit_costs_the_contribution_and_accuses_nobody() -> No
     after = ruling(before, I, round=7, tokens=50, policy=AuditSpec())
     assert after.account == before
     assert after.forfeits_contribution
+
+
+def test_a_rejected_average_ends_the_standing_and_all_pending_credit_for_its_own_reason() -> None:
+    before = Account(vouched_tokens=100, accepted=1)
+    after = reduction_ruling(before, R, "wrong average of part 3 in round 5")
+    assert after.account == Account(vouched_tokens=100, accepted=1, ended="wrong average of part 3 in round 5")
+    assert after.forfeits_everything
+    again = reduction_ruling(after.account, R, "wrong average of part 4 in round 5")
+    assert again.account == after.account
+
+
+@pytest.mark.parametrize("outcome", [A, I, U])
+def test_no_other_audit_of_an_average_costs_anybody_anything(outcome: Outcome) -> None:
+    before = Account(vouched_tokens=100, accepted=1, unavailable=(1, 2))
+    after = reduction_ruling(before, outcome, "nobody serves the committed inputs")
+    assert after.account == before
+    assert not after.forfeits_contribution
+    assert not after.forfeits_everything
 
 
 def test_auditors_take_turns_and_each_looks_once() -> None:

@@ -111,6 +111,14 @@ ONE_OF_EACH: dict[str, Record] = {
             steps_replayed=20,
             fingerprint=digest("runtime"),
         ),
+        records.PartVerdict(
+            **NAME,
+            part=5,
+            slot=1,
+            part_record=digest("part record"),
+            outcome=records.Outcome.REJECTED,
+            reason="wrong average of part 5 in round 3",
+        ),
         records.Equivocation(**NAME, first=b"one signed record", second=b"another one"),
         records.Evaluation(**NAME, root=digest("root"), loss=5.5, tokens=8192),
     )

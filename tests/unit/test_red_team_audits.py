@@ -42,7 +42,7 @@ from swarm_protocol.training import TrainState
 
 ZERO = "0" * 64
 HERE, ELSEWHERE = bytes(32), b"e" * 32
-NETWORK = {Kind.REFUSES_EVIDENCE, Kind.FORGED_EVIDENCE}
+NETWORK = {Kind.REFUSES_EVIDENCE, Kind.FORGED_EVIDENCE, Kind.LYING_REDUCER}
 LATER = {Kind.STALE_CHECKPOINT: 1, Kind.COPIED: 1, Kind.SLEEPER: 2}
 TRAINING = [kind for kind in Kind if kind not in {*NETWORK, *LATER, Kind.OTHER_PARTS, Kind.FORGED_STATES}]
 

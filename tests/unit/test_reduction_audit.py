@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+import asyncio
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
-from swarm_protocol import chunks, codec, merkle, parts, reduction, reduction_audit
-from swarm_protocol.errors import InvalidDataError
+from swarm_protocol import chunks, codec, encoding, merkle, parts, reduction, reduction_audit
+from swarm_protocol.client import Commitments, CoordinatorClient
+from swarm_protocol.errors import InvalidDataError, RefusedError
 from swarm_protocol.identity import Identity
+from swarm_protocol.peers import PeerPlane
 from swarm_protocol.records import (
     Commitment,
+    CommitmentSet,
     Envelope,
+    Outcome,
     PartReceipt,
     PartRecord,
     RoundPlan,
@@ -22,6 +29,7 @@ from swarm_protocol.records import (
     SlotWeight,
 )
 from swarm_protocol.reduction_audit import Input, ReductionOutcome, ReductionVerdict
+from swarm_protocol.reduction_gathering import Reductions
 from swarm_protocol.spec import (
     AuditSpec,
     DataSpec,
@@ -189,3 +197,96 @@ def test_a_record_that_is_none_of_this_round_is_not_judged() -> None:
     del case.commitments[0]
     with pytest.raises(InvalidDataError, match="does not have"):
         case.judge(published)
+
+
+def test_each_outcome_is_one_that_a_signed_verdict_has() -> None:
+    assert {outcome: outcome.vote for outcome in ReductionOutcome} == {
+        ReductionOutcome.ACCEPTED: Outcome.ACCEPTED,
+        ReductionOutcome.WRONG_AVERAGE: Outcome.REJECTED,
+        ReductionOutcome.LEFT_OUT: Outcome.REJECTED,
+        ReductionOutcome.UNAVAILABLE: Outcome.UNAVAILABLE,
+    }
+
+
+def test_a_rejection_names_the_part_and_the_round() -> None:
+    case = Case()
+    wrong = case.judge(case.published(0, 1, 2, 3, over=(1, 2, 3)))
+    assert wrong.reason.startswith("wrong average of part 1 in round 4:")
+    left_out = case.judge(case.published(0, 2, 3))
+    assert left_out.reason.startswith("receipted sender left out of part 1 in round 4:")
+
+
+Serve = Callable[[int, dict[str, Any]], bytes | None]
+"""What the holder of a slot answers to a header; None where it refuses."""
+
+
+def honest(case: Case, slot: int, header: dict[str, Any]) -> bytes | None:
+    """What an honest node serves: its own input and, as the reducer, everybody's; its receipt; bytes by their hash."""
+    mine = {one: case.inputs[one] for one in case.inputs if slot in (one, NODES.index(REDUCER))}
+    match header["op"]:
+        case "inputs":
+            named = [[one, chunks.content_hash(given.data), list(given.proof)] for one, given in mine.items()]
+            return encoding.encode(named)
+        case "receipts":
+            held = [
+                one.encode() for one in case.receipts if one.open_as(PartReceipt, run=case.spec.run_id).slot == slot
+            ]
+            return encoding.encode(held)
+        case _:
+            return next((one.data for one in mine.values() if chunks.content_hash(one.data) == header["hash"]), None)
+
+
+def gathered(case: Case, published: Envelope, serve: Serve) -> ReductionVerdict:
+    """The verdict of somebody who has nothing but what the nodes of the round serve."""
+    closing = CommitmentSet(run=case.spec.run_id, round=ROUND, plan=case.plan.hash, commitments=())
+
+    async def plan(_: int) -> RoundPlan:
+        return case.plan
+
+    async def commitments(_: RoundPlan) -> Commitments:
+        return Commitments(closing, case.commitments)
+
+    async def call(peer: bytes, header: dict[str, Any], **_: Any) -> tuple[dict[str, Any], bytes]:
+        body = serve([node.public_key for node in NODES].index(peer), header)
+        if body is None:
+            raise RefusedError("not now")
+        return {}, body
+
+    client = SimpleNamespace(spec=case.spec, plan=plan, commitments=commitments)
+    plane = SimpleNamespace(call=call)
+    return asyncio.run(Reductions(cast(CoordinatorClient, client), cast(PeerPlane, plane)).judge(published))
+
+
+def test_what_honest_nodes_serve_is_enough_for_a_verdict() -> None:
+    case = Case()
+    assert gathered(case, case.published(0, 1, 2, 3), lambda *asked: honest(case, *asked)).outcome == "accepted"
+    left_out = gathered(case, case.published(0, 2, 3), lambda *asked: honest(case, *asked))
+    assert (left_out.outcome, left_out.slots) == (ReductionOutcome.LEFT_OUT, (1,))
+
+
+@pytest.mark.parametrize("trick", ["serves nothing of the others", "names other inputs", "serves other bytes"])
+def test_a_liar_cannot_hide_inputs_that_their_senders_serve(trick: str) -> None:
+    case = Case()
+    own = chunks.content_hash(case.inputs[2].data)
+
+    def serve(slot: int, header: dict[str, Any]) -> bytes | None:
+        if NODES[slot] is not REDUCER:
+            return honest(case, slot, header)
+        if header["op"] == "inputs":
+            named = [[2, own, list(case.inputs[2].proof)]]
+            if trick == "names other inputs":
+                named = [[one, own, list(case.inputs[one].proof)] for one in case.inputs]
+            return honest(case, slot, header) if trick == "serves other bytes" else encoding.encode(named)
+        if header["op"] == "get" and header["hash"] == own:
+            return case.inputs[2].data
+        return b"other bytes" if trick == "serves other bytes" else None
+
+    verdict = gathered(case, case.published(0, 1, 2, 3, over=(1, 2, 3)), serve)
+    assert verdict.outcome is ReductionOutcome.WRONG_AVERAGE
+
+
+def test_what_only_the_reducer_has_and_does_not_serve_makes_an_average_unavailable() -> None:
+    case = Case()
+    published = case.published(0, 1, 2, 3, over=(1, 2, 3))
+    verdict = gathered(case, published, lambda slot, header: None if slot == 2 else honest(case, slot, header))
+    assert (verdict.outcome, verdict.slots) == (ReductionOutcome.UNAVAILABLE, (2,))

@@ -50,7 +50,9 @@ class NodeStatus(BaseModel):
     contributions: int = Field(description="commitments that counted")
     accepted: int = Field(description="contributions that an audit accepted")
     rejected: int
-    pending_audits: int = Field(description="drawn contributions without an outcome: evidence is still wanted")
+    pending_audits: int = Field(
+        description="drawn contributions and averages without an outcome: evidence is still wanted"
+    )
     probation: bool = Field(description="whether contributions are still audited whole, and all of them")
     credit: Credit
 
@@ -77,7 +79,7 @@ class Comparisons(BaseModel):
     outside: int = 0
 
 
-class AuditCounts(BaseModel):
+class OutcomeCounts(BaseModel):
     drawn: int
     pending: int
     accepted: int
@@ -85,14 +87,18 @@ class AuditCounts(BaseModel):
     inconclusive: int
     unavailable: int
     moot: int = Field(description="drawn from somebody whose standing has ended; nobody looks any more")
+
+
+class AuditCounts(OutcomeCounts):
     comparisons: Comparisons = Field(description="over all verdicts")
 
 
-class RejectedContribution(BaseModel):
+class Rejected(BaseModel):
     peer: PeerID
     name: str
     round: int
     slot: int
+    part: int | None = Field(description="where it is an average that was rejected, and not a contribution")
     reason: str
 
 
@@ -121,8 +127,9 @@ class RunStatus(BaseModel):
     nodes: list[NodeStatus]
     history: list[RoundSummary] = Field(description="sealed rounds, oldest first; the newest 500")
     evaluations: list[EvaluationSummary] = Field(description="by round; the newest 500")
-    audits: AuditCounts
-    rejected: list[RejectedContribution] = Field(description="oldest first; the newest 500")
+    audits: AuditCounts = Field(description="of contributions")
+    part_audits: OutcomeCounts = Field(description="of reducers' averages")
+    rejected: list[Rejected] = Field(description="oldest first; the newest 500")
     equivocations: list[EquivocationSummary] = Field(description="proved ones, oldest first; the newest 500")
 
 
@@ -135,9 +142,10 @@ class ReceiptModel(BaseModel):
 class OpenAudit(BaseModel):
     round: int
     slot: int
+    part: int | None = Field(description="the part whose average is audited; null for a contribution")
     peer: Hex = Field(description="the node's key")
-    commitment: Hex
-    segments: list[int] = Field(description="what is replayed")
+    audited: Hex = Field(description="the hash of the commitment, or of the part record")
+    segments: list[int] = Field(description="of a contribution, what is replayed")
     verdicts: int = Field(description="how many other auditors have given one")
     turn: str = Field(description="the key of the auditor who should look next; others step in if it does not")
 
@@ -171,10 +179,12 @@ class PartRecordDetail(BaseModel):
     slots: list[int]
     size_bytes: int
     counted: bool = Field(description="whether the round is sealed with it")
+    audit: Outcome | Literal["pending", "moot"] | None = Field(description="null if it was not drawn")
 
 
 class VerdictDetail(BaseModel):
     slot: int
+    part: int | None = Field(description="of an average; null for a contribution")
     auditor: PeerID
     outcome: Outcome
     comparison: Comparison | None

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Query, Response
 from swarm_coordinator.api.access import CBOR, RoundNumber, TheRun, Wait, binary, check_round, missing, polled
 from swarm_coordinator.api.models import OpenAudit, RoundDetail
 from swarm_coordinator.api.problems import documented
-from swarm_coordinator.api.status import drawn_segments, round_detail
+from swarm_coordinator.api.status import audited_part, drawn_segments, round_detail
 from swarm_coordinator.db.archive import Archive, opened
 from swarm_coordinator.rounds import Phase
 from swarm_protocol import encoding
@@ -220,7 +220,8 @@ async def detail(run: TheRun, number: RoundNumber) -> RoundDetail:
     "/audits",
     tags=["audits"],
     summary="Audits that want this auditor's verdict",
-    description="Those without an outcome that this auditor has not voted on, oldest first. Waits while there are none.",
+    description="Those of contributions and of averages without an outcome that this auditor has not voted on, oldest first. "
+    "Waits while there are none.",
     responses=documented(404, 422),
 )
 async def audits(
@@ -234,13 +235,12 @@ async def audits(
             OpenAudit(
                 round=row.round,
                 slot=row.slot,
+                part=audited_part(row),
                 peer=row.peer.hex(),
-                commitment=row.commitment.hex(),
+                audited=row.audited.hex(),
                 segments=drawn_segments(row),
                 verdicts=count,
-                turn=whose_turn(
-                    row.commitment, set(auditors) - {row.peer}, archive.verdicts(row.round, row.slot)
-                ).hex(),
+                turn=whose_turn(row.audited, set(auditors) - {row.peer}, archive.verdicts(row)).hex(),
             )
             for row, count in archive.open_audits(bytes.fromhex(auditor))
         ] or None

@@ -13,8 +13,9 @@ from swarm_coordinator.api.models import (
     EquivocationSummary,
     EvaluationSummary,
     NodeStatus,
+    OutcomeCounts,
     PartRecordDetail,
-    RejectedContribution,
+    Rejected,
     RoundDetail,
     RoundSummary,
     RunStatus,
@@ -23,7 +24,7 @@ from swarm_coordinator.api.models import (
     VerdictDetail,
 )
 from swarm_coordinator.db.archive import Archive, opened
-from swarm_coordinator.db.tables import MOOT, AuditRow, RoundRow
+from swarm_coordinator.db.tables import CONTRIBUTION, MOOT, AuditRow, RoundRow, VerdictRow
 from swarm_coordinator.rounds import State
 from swarm_protocol import encoding
 from swarm_protocol.identity import peer_id
@@ -77,6 +78,7 @@ def run_status(spec: RunSpec, state: State, archive: Archive) -> RunStatus:
         history=[_round_summary(row, state.policy.parts) for row in archive.rounds(MAX_ITEMS)],
         evaluations=_evaluations(archive),
         audits=_audits(archive),
+        part_audits=_outcomes(archive.count_audits(averages=True)),
         rejected=_rejected(archive),
         equivocations=_equivocations(archive),
     )
@@ -104,10 +106,11 @@ def round_detail(archive: Archive, number: int) -> RoundDetail | None:
         exchange_by_ms=plan.exchange_by_ms,
         root=None if row.root is None else row.root.hex(),
         roster=_roster(archive, row, plan),
-        part_records=_part_records(archive, row),
+        part_records=_part_records(archive, row, plan),
         verdicts=[
             VerdictDetail(
                 slot=verdict.slot,
+                part=audited_part(verdict),
                 auditor=peer_id(verdict.auditor),
                 outcome=Outcome(verdict.outcome),
                 comparison=None if verdict.comparison is None else Comparison(verdict.comparison),
@@ -123,6 +126,11 @@ def _peers(archive: Archive) -> list[str]:
     newest = archive.newest(Addresses.kind, 1)
     record = opened(newest[0]) if newest else None
     return list(record.multiaddrs) if isinstance(record, Addresses) else []
+
+
+def audited_part(row: AuditRow | VerdictRow) -> int | None:
+    """The part whose average is audited; None where it is a contribution."""
+    return None if row.part == CONTRIBUTION else row.part
 
 
 def drawn_segments(row: AuditRow) -> list[int]:
@@ -176,15 +184,9 @@ def _evaluations(archive: Archive) -> list[EvaluationSummary]:
 
 
 def _audits(archive: Archive) -> AuditCounts:
-    outcomes, comparisons = archive.count_audits(), archive.count_comparisons()
+    comparisons = archive.count_comparisons()
     return AuditCounts(
-        drawn=sum(outcomes.values()),
-        pending=outcomes.get(None, 0),
-        accepted=outcomes.get(Outcome.ACCEPTED, 0),
-        rejected=outcomes.get(Outcome.REJECTED, 0),
-        inconclusive=outcomes.get(Outcome.INCONCLUSIVE, 0),
-        unavailable=outcomes.get(Outcome.UNAVAILABLE, 0),
-        moot=outcomes.get(MOOT, 0),
+        **_outcomes(archive.count_audits()).model_dump(),
         comparisons=Comparisons(
             equal=comparisons.get(Comparison.EQUAL, 0),
             different=comparisons.get(Comparison.DIFFERENT, 0),
@@ -194,13 +196,26 @@ def _audits(archive: Archive) -> AuditCounts:
     )
 
 
-def _rejected(archive: Archive) -> list[RejectedContribution]:
+def _outcomes(counts: dict[str | None, int]) -> OutcomeCounts:
+    return OutcomeCounts(
+        drawn=sum(counts.values()),
+        pending=counts.get(None, 0),
+        accepted=counts.get(Outcome.ACCEPTED, 0),
+        rejected=counts.get(Outcome.REJECTED, 0),
+        inconclusive=counts.get(Outcome.INCONCLUSIVE, 0),
+        unavailable=counts.get(Outcome.UNAVAILABLE, 0),
+        moot=counts.get(MOOT, 0),
+    )
+
+
+def _rejected(archive: Archive) -> list[Rejected]:
     return [
-        RejectedContribution(
+        Rejected(
             peer=peer_id(row.peer),
             name=_name(archive, row.peer),
             round=row.round,
             slot=row.slot,
+            part=audited_part(row),
             reason=row.reason or "",
         )
         for row in archive.rejected(MAX_ITEMS)
@@ -253,26 +268,29 @@ def _roster(archive: Archive, row: RoundRow, plan: RoundPlan) -> list[SlotDetail
                 train_loss=None if commitment is None else commitment.train_loss,
                 selected=slot in chosen if slot in known else None,
                 sketch_fault=faults.get(slot),
-                audit=None if audit is None else _audit_outcome(audit),
+                audit=_audit_outcome(audit),
                 segments=None if audit is None else drawn_segments(audit),
             )
         )
     return slots
 
 
-def _audit_outcome(audit: AuditRow) -> Outcome | Literal["pending", "moot"]:
+def _audit_outcome(audit: AuditRow | None) -> Outcome | Literal["pending", "moot"] | None:
+    if audit is None:
+        return None
     if audit.outcome is None:
         return "pending"
     return "moot" if audit.outcome == MOOT else Outcome(audit.outcome)
 
 
-def _part_records(archive: Archive, row: RoundRow) -> list[PartRecordDetail]:
+def _part_records(archive: Archive, row: RoundRow, plan: RoundPlan) -> list[PartRecordDetail]:
     chosen = encoding.decode(row.parts, max_bytes=1 << 24) if row.parts is not None else []
     counted = {name for name in chosen if isinstance(name, bytes)} if isinstance(chosen, list) else set()
     details = []
     for stored in archive.of_round(PartRecord.kind, row.round):
         record = opened(stored)
-        if isinstance(record, PartRecord):
+        slot = plan.slot_of(stored.signer)
+        if isinstance(record, PartRecord) and slot is not None:
             details.append(
                 PartRecordDetail(
                     hash=stored.hash.hex(),
@@ -281,6 +299,7 @@ def _part_records(archive: Archive, row: RoundRow) -> list[PartRecordDetail]:
                     slots=list(record.slots),
                     size_bytes=record.size_bytes,
                     counted=stored.hash in counted,
+                    audit=_audit_outcome(archive.audit(row.round, slot, record.part)),
                 )
             )
     return details

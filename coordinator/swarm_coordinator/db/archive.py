@@ -9,6 +9,7 @@ from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
 from swarm_coordinator.db.tables import (
+    CONTRIBUTION,
     MOOT,
     AuditRow,
     EquivocationRow,
@@ -102,8 +103,9 @@ class Archive:
         query = select(RoundRow).filter(RoundRow.run == self.run, RoundRow.root.is_not(None))
         return self.session.scalars(query.order_by(RoundRow.round.desc()).limit(limit)).all()[::-1]
 
-    def audit(self, round_number: int, slot: int) -> AuditRow | None:
-        return self.session.get(AuditRow, (self.run, round_number, slot))
+    def audit(self, round_number: int, slot: int, part: int = CONTRIBUTION) -> AuditRow | None:
+        """The audit of a slot's contribution, or of its average of a part."""
+        return self.session.get(AuditRow, (self.run, round_number, slot, part))
 
     def pending_audits(self) -> dict[bytes, int]:
         """How many audits without an outcome each node has, by its key."""
@@ -123,38 +125,42 @@ class Archive:
         """Audits without an outcome that this auditor has not voted on, oldest first, with how many others have."""
         verdicts = (
             select(func.count())
-            .where(VerdictRow.run == AuditRow.run, VerdictRow.round == AuditRow.round, VerdictRow.slot == AuditRow.slot)
+            .where(VerdictRow.run == AuditRow.run, VerdictRow.round == AuditRow.round)
+            .where(VerdictRow.slot == AuditRow.slot, VerdictRow.part == AuditRow.part)
             .correlate(AuditRow)
         )
         mine = verdicts.where(VerdictRow.auditor == auditor).scalar_subquery()
         query = (
             select(AuditRow, verdicts.scalar_subquery())
             .where(AuditRow.run == self.run, AuditRow.outcome.is_(None), AuditRow.peer != auditor, mine == 0)
-            .order_by(AuditRow.round, AuditRow.slot)
+            .order_by(AuditRow.round, AuditRow.slot, AuditRow.part)
         )
         return [(audit, count) for audit, count in self.session.execute(query)]
 
-    def verdicts(self, round_number: int, slot: int) -> dict[bytes, Outcome]:
-        query = select(VerdictRow).filter_by(run=self.run, round=round_number, slot=slot)
+    def verdicts(self, audit: AuditRow) -> dict[bytes, Outcome]:
+        """What auditors said, by their keys."""
+        query = select(VerdictRow).filter_by(run=self.run, round=audit.round, slot=audit.slot, part=audit.part)
         return {row.auditor: Outcome(row.outcome) for row in self.session.scalars(query)}
 
     def round_verdicts(self, round_number: int) -> Sequence[VerdictRow]:
         query = select(VerdictRow).filter_by(run=self.run, round=round_number)
-        return self.session.scalars(query.order_by(VerdictRow.slot, VerdictRow.auditor)).all()
+        return self.session.scalars(query.order_by(VerdictRow.slot, VerdictRow.part, VerdictRow.auditor)).all()
 
-    def count_audits(self) -> dict[str | None, int]:
-        """Audits by outcome; None for those that are pending."""
-        query = select(AuditRow.outcome, func.count()).filter_by(run=self.run).group_by(AuditRow.outcome)
-        return dict(self.session.execute(query).all())
+    def count_audits(self, *, averages: bool = False) -> dict[str | None, int]:
+        """Audits of contributions, or of averages, by outcome; None for those that are pending."""
+        kind = AuditRow.part != CONTRIBUTION if averages else AuditRow.part == CONTRIBUTION
+        query = select(AuditRow.outcome, func.count()).where(AuditRow.run == self.run, kind)
+        return dict(self.session.execute(query.group_by(AuditRow.outcome)).all())
 
     def count_comparisons(self) -> dict[str | None, int]:
         query = select(VerdictRow.comparison, func.count()).filter_by(run=self.run).group_by(VerdictRow.comparison)
         return dict(self.session.execute(query).all())
 
     def rejected(self, limit: int) -> Sequence[AuditRow]:
-        """The newest rejected contributions, oldest first."""
+        """The newest rejected contributions and averages, oldest first."""
         query = select(AuditRow).filter_by(run=self.run, outcome=Outcome.REJECTED.value)
-        return self.session.scalars(query.order_by(AuditRow.round.desc(), AuditRow.slot).limit(limit)).all()[::-1]
+        query = query.order_by(AuditRow.round.desc(), AuditRow.slot, AuditRow.part)
+        return self.session.scalars(query.limit(limit)).all()[::-1]
 
 
 def opened(row: RecordRow) -> Record:

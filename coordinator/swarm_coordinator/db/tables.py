@@ -134,8 +134,13 @@ MOOT = "moot"
 """The outcome of an audit of somebody whose standing has ended: nothing depends on it any more, and nobody looks."""
 
 
+CONTRIBUTION = -1
+"""What stands in place of a part where all of a contribution is audited, and not an average."""
+
+
 class AuditRow(Base):
-    """A contribution that was drawn; `segments` is the CBOR list of those that are replayed.
+    """What was drawn: a slot's contribution, or its average of a part. `peer` holds the slot, `audited` is the hash of the
+    commitment or of the part record; `segments` is the CBOR list of those that are replayed, of an average none.
 
     `outcome` is None while auditors are at it; else a verdict's, or `MOOT`.
     """
@@ -145,21 +150,23 @@ class AuditRow(Base):
     run: Mapped[bytes] = mapped_column(ForeignKey(RunRow.id), primary_key=True)
     round: Mapped[int] = mapped_column(primary_key=True)
     slot: Mapped[int] = mapped_column(primary_key=True)
+    part: Mapped[int] = mapped_column(primary_key=True, default=CONTRIBUTION)
     peer: Mapped[bytes]
-    commitment: Mapped[bytes]
+    audited: Mapped[bytes]
     segments: Mapped[bytes]
     outcome: Mapped[str | None] = mapped_column(default=None)
     reason: Mapped[str | None] = mapped_column(default=None)
 
 
 class VerdictRow(Base):
-    """What one auditor said of one contribution."""
+    """What one auditor said of one contribution, or of one average, which has no comparison."""
 
     __tablename__ = "verdicts"
 
     run: Mapped[bytes] = mapped_column(ForeignKey(RunRow.id), primary_key=True)
     round: Mapped[int] = mapped_column(primary_key=True)
     slot: Mapped[int] = mapped_column(primary_key=True)
+    part: Mapped[int] = mapped_column(primary_key=True, default=CONTRIBUTION)
     auditor: Mapped[bytes] = mapped_column(primary_key=True)
     outcome: Mapped[str]
     comparison: Mapped[str | None]

@@ -1,4 +1,4 @@
-"""The red team: dishonest ways to make a contribution, for tests and `swarm-node demo --cheaters`; audits must catch them.
+"""The red team: dishonest ways to train and to average, for tests and `swarm-node demo --cheaters`; audits must catch them.
 
 Only the names are here, so that commands load fast; `kinds` says what each does.
 """
@@ -7,7 +7,8 @@ from enum import StrEnum
 
 
 class Kind(StrEnum):
-    """What a cheater does. `copied`, `stale-checkpoint` and `sleeper` need earlier rounds, and are honest without."""
+    """What a cheater does. `copied`, `stale-checkpoint` and `sleeper` need earlier rounds, and are honest without;
+    `lying-reducer` does honest work, and publishes wrong averages of it."""
 
     WRONG_SHARD = "wrong-shard"
     HALF_BATCH = "half-batch"
@@ -27,3 +28,4 @@ class Kind(StrEnum):
     FORGED_EVIDENCE = "forged-evidence"
     FORGED_STATES = "forged-states"
     FLIPPED_BIT = "flipped-bit"
+    LYING_REDUCER = "lying-reducer"

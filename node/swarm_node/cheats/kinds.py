@@ -13,6 +13,7 @@ import numpy.typing as npt
 from swarm_node.cheats import Kind
 from swarm_node.conduct import Conduct, Handlers
 from swarm_node.contribution import Progress, Train, Trained, train
+from swarm_node.faults import Action, Fault, Faults, Point
 from swarm_protocol import data, deviations, parts, training
 from swarm_protocol.calls import Answer, Call
 from swarm_protocol.checkpoint import Checkpoint
@@ -28,6 +29,9 @@ Float32 = npt.NDArray[np.float32]
 INVENTED_LOSS = 3.0
 SLEEPS_FOR = 2
 """Contributions of a sleeper before it starts to cheat."""
+
+LIES = Fault(Action.MISREPORT, Point.REDUCING, 0, onwards=True)
+"""What a lying reducer does: its averages are of fewer slots than its records say."""
 
 
 def deviating(deviation: Deviation) -> Train:
@@ -192,6 +196,7 @@ KINDS: dict[Kind, Callable[[], Conduct]] = {
     Kind.REFUSES_EVIDENCE: partial(Conduct, evidence=without_evidence),
     Kind.FORGED_EVIDENCE: with_forged_chunks,
     Kind.FORGED_STATES: partial(Conduct, deviating(forged_states)),
+    Kind.LYING_REDUCER: partial(Conduct, faults=Faults((LIES,))),
 }
 
 

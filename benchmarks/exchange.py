@@ -198,9 +198,9 @@ def compare(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str
 
 
 def _parts(options: argparse.Namespace, codec_name: str) -> int:
-    """As many parts as are some 2 MB each when they are encoded, and the same number for each peer."""
+    """As many parts as are some 4 MB each when they are encoded, and the same number for each peer."""
     encoded_bytes = options.megabytes * 1e6 / (1 if codec_name == "none" else 4)
-    return int(max(1, round(encoded_bytes / options.peers / 2e6))) * options.peers
+    return int(max(1, round(encoded_bytes / options.peers / 4e6))) * options.peers
 
 
 def _seconds(value: Any) -> str:
@@ -242,7 +242,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", type=int, default=4)
     parser.add_argument("--megabytes", type=float, default=100.0)
-    parser.add_argument("--parts", type=int, help="default: some 2 MB each, encoded")
+    parser.add_argument("--parts", type=int, help="default: some 4 MB each, encoded")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--ours-only", action="store_true", help="leave hivemind and gloo out")
     parser.add_argument("--codecs", nargs="+", default=list(CODECS), choices=CODECS)

@@ -10,6 +10,17 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from swarm_protocol.spec import (
+    AuditSpec,
+    DataSpec,
+    ExchangeSpec,
+    ModelSpec,
+    OuterSpec,
+    RoundsSpec,
+    RunSpec,
+    TrainingSpec,
+)
+
 _GOLDEN = Path(__file__).parent / "fixtures" / "golden"
 
 # Examples run beside other work on small machines, where a deadline per example says nothing about the code.
@@ -37,3 +48,24 @@ def golden() -> Callable[[str, dict[str, object]], None]:
         assert not wrong, f"{path.name}: these vectors changed (a new protocol version?) or were never pinned: {wrong}"
 
     return check
+
+
+@pytest.fixture(scope="session")
+def run_spec() -> RunSpec:
+    """A sealed run of a tiny model, with everything else as it comes."""
+    zero = "0" * 64
+    return RunSpec(
+        name="test",
+        seed=1,
+        numerics="native",
+        coordinator=zero,
+        checkpoint=zero,
+        beacon=zero,
+        model=ModelSpec(vocab_size=17, hidden_size=16, intermediate_size=24, num_hidden_layers=1),
+        data=DataSpec(root=zero, tokenizer="bytes", train_tokens=1, held_out_windows=1),
+        training=TrainingSpec(),
+        exchange=ExchangeSpec(),
+        outer=OuterSpec(),
+        rounds=RoundsSpec(),
+        audit=AuditSpec(),
+    )

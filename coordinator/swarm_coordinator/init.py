@@ -21,7 +21,8 @@ from swarm_protocol.draw import chain_end
 from swarm_protocol.errors import ConfigurationError, InvalidDataError
 from swarm_protocol.files import write_atomic
 from swarm_protocol.identity import Identity
-from swarm_protocol.spec import AuditSpec, DataSpec, RunConfig, RunSpec
+from swarm_protocol.parts import suggested_parts
+from swarm_protocol.spec import AuditSpec, DataSpec, ExchangeSpec, RunConfig, RunSpec
 from swarm_protocol.tolerances import Tolerances
 
 
@@ -99,13 +100,21 @@ def _build(directory: RunDirectory, options: Options) -> RunSpec:
             held_out_windows=config.data.held_out_windows,
         ),
         training=config.training,
-        exchange=config.exchange,
+        exchange=_with_parts(config),
         outer=config.outer,
         rounds=config.rounds,
         audit=audit,
     )
     write_atomic(directory.spec_file, spec.encode())
     return spec
+
+
+def _with_parts(config: RunConfig) -> ExchangeSpec:
+    """The exchange's settings; if they do not say how many parts, as many as the model's size asks for."""
+    exchange = config.exchange
+    if "parts" in exchange.model_fields_set:
+        return exchange
+    return exchange.model_copy(update={"parts": suggested_parts(config.model.num_parameters, exchange.codec)})
 
 
 def _with_tolerances(config: RunConfig, path: Path | None, store: Store) -> AuditSpec:

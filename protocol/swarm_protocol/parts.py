@@ -24,8 +24,17 @@ Float32 = npt.NDArray[np.float32]
 MAX_TICKETS = 16
 """Reducers count as this many times faster than others at most, whatever they say that they have measured."""
 
+SUGGESTED_PART_BYTES = 4 << 20
+"""Large enough that a call costs little beside its bytes, small enough that a few in memory are no burden."""
+
 ALIGNMENT = 256
 """Parts begin at multiples of this many elements, a multiple of every codec's block."""
+
+
+def suggested_parts(num_parameters: int, codec_name: codec.Name) -> int:
+    """How many parts suit a model: of up to 4 MiB each when encoded, and 8 at least, so that there is work for 8 reducers."""
+    whole = codec.get(codec_name).encoded_bytes(num_parameters)
+    return max(8, -(-whole // SUGGESTED_PART_BYTES))
 
 
 @lru_cache(maxsize=16)

@@ -14,11 +14,13 @@ from swarm_protocol import aggregate, codec, parts
 from swarm_protocol.calls import Bytes
 from swarm_protocol.spec import RunSpec
 
-_PIECE_ELEMENTS = 1 << 15
+_PIECE_ELEMENTS = 1 << 16
 """Elements that are worked on at a time: a multiple of `codec.PIECE_ELEMENTS`."""
 
 
-def average(spec: RunSpec, part: int, inputs: Mapping[int, Bytes | memoryview], weights: Mapping[int, int]) -> bytes:
+def average(
+    spec: RunSpec, part: int, inputs: Mapping[int, Bytes | memoryview], weights: Mapping[int, int]
+) -> bytearray:
     """The encoded aggregate of these encoded parts by slot, as every reducer has to make it.
 
     Args:

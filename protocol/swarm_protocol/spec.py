@@ -136,7 +136,7 @@ class OuterSpec(_Section):
 
 
 class ExchangeSpec(_Section):
-    parts: int = Field(8, ge=1, le=1 << 16)
+    parts: int = Field(8, ge=1, le=1 << 16, description="if left out, init chooses by the model's size")
     codec: Literal["none", "int8", "int4"] = "int4"
     aggregator: Literal["mean", "trimmed_mean", "median", "multi_krum", "geometric_median", "centered_clip"] = (
         "multi_krum"

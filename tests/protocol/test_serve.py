@@ -49,6 +49,7 @@ def test_a_new_run_is_sealed_with_everything_that_serving_it_takes(tmp_path: Pat
     config = RunConfig.from_toml(TOML)
     spec = initialise(Options(home.root, config, [corpus], token="sesame", auditors=3))
     assert home.spec() == spec
+    assert spec.exchange.parts == 8
     assert Identity.load(home.coordinator_key).public_key.hex() == spec.coordinator
     assert chain_end(home.beacon_seed(), spec.rounds.count).hex() == spec.beacon
     assert home.token() == "sesame"

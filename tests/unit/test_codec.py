@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from blake3 import blake3
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -202,6 +202,24 @@ def test_the_bytes_are_pinned(golden: Callable[[str, dict[str, object]], None]) 
     golden("codec", found)
 
 
+@every_codec
+@given(values=vectors, cuts=st.sets(st.integers(1, 2)))
+def test_pieces_give_the_bytes_and_values_of_the_whole(name: codec.Name, values: Float32, cuts: set[int]) -> None:
+    entry = codec.get(name)
+    starts = sorted({0, *(cut * codec.PIECE_ELEMENTS for cut in cuts if cut * codec.PIECE_ELEMENTS < values.size)})
+    pieces = list(zip(starts, [*starts[1:], values.size], strict=True))
+    writing, whole = entry.write(values.size), entry.encode(values)
+    for start, stop in pieces:
+        writing.put(start, values[start:stop])
+    assert writing.result() == whole
+    out = np.full(values.size, 7, np.float32)
+    reading = entry.read(whole, values.size)
+    for start, stop in reversed(pieces):
+        reading.values(start, out[start:stop])
+    assert out.tobytes() == entry.decode(whole, values.size).tobytes()
+
+
+@example(data=b"\x01\x00\x00\x01\x07", numel=1, name="int4")
 @given(data=st.binary(max_size=700), numel=st.integers(0, 600), name=st.sampled_from(["none", "int8", "int4"]))
 def test_a_peak_is_refused_exactly_where_decoding_is_and_bounds_what_is_decoded(
     data: bytes, numel: int, name: codec.Name

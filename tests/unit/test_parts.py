@@ -288,3 +288,15 @@ def test_a_part_is_sound_exactly_if_its_norm_is_within_the_bound(
     else:
         with pytest.raises(InvalidDataError, match="norm bound"):
             parts.require_sound(spec, part, encoded)
+
+
+@pytest.mark.parametrize(
+    ("numel", "name", "count"),
+    [(1000, "none", 8), (25_000_000, "none", 24), (25_000_000, "int8", 8), (10**9, "int4", 135)],
+)
+def test_a_run_has_parts_of_up_to_4_mib_unless_its_owner_says_otherwise(
+    numel: int, name: codec.Name, count: int
+) -> None:
+    assert parts.suggested_parts(numel, name) == count
+    largest = max(where.stop - where.start for where in parts.partition(numel, count))
+    assert codec.get(name).encoded_bytes(largest) <= parts.SUGGESTED_PART_BYTES + 4096

@@ -44,7 +44,7 @@ class Writing(Protocol):
     def put(self, start: int, values: Float32) -> None:
         """Encode the elements from `start` on, sized as those of `Reading.values`. Raises as `Codec.encode` does."""
 
-    def result(self) -> bytes:
+    def result(self) -> bytearray:
         """The encoding, once every element was put."""
 
 

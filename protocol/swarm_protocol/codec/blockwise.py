@@ -51,7 +51,7 @@ class Blockwise:
         writing = self.write(values.size)
         for start in range(0, values.size, _SLAB_ELEMENTS):
             writing.put(start, values[start : start + _SLAB_ELEMENTS])
-        return writing.result()
+        return bytes(writing.result())
 
     def decode(self, data: bytes | bytearray | memoryview, numel: int, out: Float32 | None = None) -> Float32:
         """Raises `InvalidDataError` where the length is wrong or the bytes are not canonical."""
@@ -157,9 +157,10 @@ class Writing:
 
     def __init__(self, codec: Blockwise, numel: int) -> None:
         self._codec = codec
-        self._out = np.empty(codec.encoded_bytes(numel), np.uint8)
-        self._scales = self._out[: 4 * _blocks(numel, codec.block)].view("<f4")
-        self._codes = self._out[self._scales.nbytes :]
+        self._out = bytearray(codec.encoded_bytes(numel))
+        whole = np.frombuffer(self._out, np.uint8)
+        self._scales = whole[: 4 * _blocks(numel, codec.block)].view("<f4")
+        self._codes = whole[self._scales.nbytes :]
 
     def put(self, start: int, values: Float32) -> None:
         codec, rest = self._codec, values.size % self._codec.block
@@ -175,8 +176,8 @@ class Writing:
             left = self._codes[stop * codec.bits // 8 :]
             left[:] = tail[: left.size]
 
-    def result(self) -> bytes:
-        return self._out.tobytes()
+    def result(self) -> bytearray:
+        return self._out
 
 
 def _pack(q: Float32, bits: int, codes: Bytes) -> None:

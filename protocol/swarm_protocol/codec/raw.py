@@ -54,15 +54,16 @@ class Writing:
     """See `codec.Writing`."""
 
     def __init__(self, numel: int) -> None:
-        self._values = np.empty(numel, "<f4")
+        self._out = bytearray(encoded_bytes(numel))
+        self._values = np.frombuffer(self._out, "<f4")
 
     def put(self, start: int, values: Float32) -> None:
         if not math.isfinite(_largest(values)):
             raise InvalidDataError("a value to be encoded is not finite")
         self._values[start : start + values.size] = values
 
-    def result(self) -> bytes:
-        return self._values.tobytes()
+    def result(self) -> bytearray:
+        return self._out
 
 
 def _largest(values: Float32) -> float:

@@ -178,10 +178,10 @@ def play(bench: Bench, name: aggregate.Name, attack: Attack | None) -> Outcome:
     shares: list[float] = []
     try:
         for round_number in range(bench.spec.rounds.count):
-            plan = _plan(bench.spec, round_number, cursor)
+            plan = plan_of(bench.spec, round_number, cursor)
             cursor += data.windows_used(bench.spec, plan)
             encoded, forged = _contributions(bench, plan, here, attack)
-            chosen, averages = _exchange(bench, plan, name, encoded, forged)
+            chosen, averages = exchange(bench, plan, name, encoded, forged)
             shares.append(sum(chosen.get(slot, 0) for slot in ATTACKERS if attack) / sum(chosen.values()))
             here = checkpoint.advance(bench.spec, here, averages)
         loss = bench.trainer.evaluate(here.parameters, data.held_out_batches(bench.spec, bench.dataset))
@@ -190,7 +190,7 @@ def play(bench: Bench, name: aggregate.Name, attack: Attack | None) -> Outcome:
     return Outcome(loss, round(sum(shares) / len(shares), 4))
 
 
-def _plan(spec: RunSpec, round_number: int, cursor: int) -> RoundPlan:
+def plan_of(spec: RunSpec, round_number: int, cursor: int) -> RoundPlan:
     steps = spec.training.steps
     seat = Seat(peer=ZERO, steps=steps, weight=min(steps * spec.tokens_per_step, 1 << 24), reducer=True)
     return RoundPlan(
@@ -221,7 +221,7 @@ def _contributions(
     return encoded, forged
 
 
-def _exchange(
+def exchange(
     bench: Bench,
     plan: RoundPlan,
     name: aggregate.Name,

@@ -65,7 +65,7 @@ class Books:
             node.rejected += outcome is Outcome.REJECTED
             node.unavailable += outcome is Outcome.UNAVAILABLE
         else:
-            ruling = policy.reduction_ruling(before, outcome, reason)
+            ruling = policy.reduction_ruling(before, outcome, reason, round=audit.round, policy=self._audit)
         _store(node, ruling.account)
         if ruling.forfeits_contribution:
             self._forfeit(CreditRow.round == audit.round, CreditRow.slot == audit.slot, reason=reason)

@@ -25,7 +25,7 @@ from swarm_protocol.gathering import Subjects
 from swarm_protocol.identity import Identity
 from swarm_protocol.peers import PeerPlane
 from swarm_protocol.records import Outcome, PartRecord, PartVerdict, Verdict
-from swarm_protocol.reduction_audit import ReductionVerdict
+from swarm_protocol.reduction_audit import ReductionOutcome, ReductionVerdict
 from swarm_protocol.reduction_gathering import Reductions
 from swarm_protocol.replay import Judgement
 from swarm_protocol.signing import SigningLedger
@@ -192,7 +192,8 @@ class Auditor:
             raise InvalidDataError("the part record is for another part, or by somebody else")
         end = time.monotonic() + self._spec.audit.evidence_s
         found: ReductionVerdict | None = None
-        while found is None or (found.outcome.vote is Outcome.UNAVAILABLE and time.monotonic() < end):
+        missing = (ReductionOutcome.UNAVAILABLE, ReductionOutcome.WITHHELD)
+        while found is None or (found.outcome in missing and time.monotonic() < end):
             if found is not None:
                 await asyncio.sleep(1.0)
             found = await self._patiently(lambda: self._reductions.judge(envelope))

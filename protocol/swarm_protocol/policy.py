@@ -56,28 +56,36 @@ def ruling(account: Account, outcome: Outcome, *, round: int, tokens: int, polic
             ended = account.ended or f"an audit rejected its contribution to round {round}"
             return Ruling(replace(account, ended=ended), forfeits_contribution=True, forfeits_everything=True)
         case Outcome.UNAVAILABLE:
-            rounds = sorted((*account.unavailable, round))
-            lately = tuple(one for one in rounds if one > rounds[-1] - policy.unavailable_window)
-            account = replace(account, vouched_tokens=0, unavailable=lately)
-            if len(lately) >= policy.max_unavailable:
-                reason = (
-                    f"its evidence was unavailable in {len(lately)} audits within {policy.unavailable_window} rounds"
-                )
-                account = replace(account, ended=account.ended or reason)
+            account = _unavailable(account, round, policy)
             return Ruling(account, forfeits_contribution=True, forfeits_everything=account.ended is not None)
         case _:
             return Ruling(account, forfeits_contribution=True, forfeits_everything=False)
 
 
-def reduction_ruling(account: Account, outcome: Outcome, reason: str) -> Ruling:
-    """The effect of a resolved audit of an average on the identity that made it.
+def reduction_ruling(account: Account, outcome: Outcome, reason: str, *, round: int, policy: AuditSpec) -> Ruling:
+    """The effect of a resolved audit of an average in `round` on the identity that made it.
 
-    Only a rejection has one: inputs that nobody serves may be missing through the fault of their senders.
+    A reducer that does not serve its own input is `unavailable`, as with a contribution, but for that contribution's
+    credit. Inputs that others do not serve are nobody's fault that could be shown, hence `inconclusive`.
     """
-    if outcome is not Outcome.REJECTED:
-        return Ruling(account, forfeits_contribution=False, forfeits_everything=False)
-    ended = replace(account, ended=account.ended or reason)
-    return Ruling(ended, forfeits_contribution=False, forfeits_everything=True)
+    if outcome is Outcome.REJECTED:
+        account = replace(account, ended=account.ended or reason)
+        return Ruling(account, forfeits_contribution=False, forfeits_everything=True)
+    if outcome is Outcome.UNAVAILABLE:
+        account = _unavailable(account, round, policy)
+        return Ruling(account, forfeits_contribution=False, forfeits_everything=account.ended is not None)
+    return Ruling(account, forfeits_contribution=False, forfeits_everything=False)
+
+
+def _unavailable(account: Account, round: int, policy: AuditSpec) -> Account:
+    """Probation starts anew; too many such rounds within the window end the standing."""
+    rounds = sorted({*account.unavailable, round})
+    lately = tuple(one for one in rounds if one > rounds[-1] - policy.unavailable_window)
+    account = replace(account, vouched_tokens=0, unavailable=lately)
+    if len(lately) >= policy.max_unavailable:
+        reason = f"its evidence was unavailable in {len(lately)} audits within {policy.unavailable_window} rounds"
+        account = replace(account, ended=account.ended or reason)
+    return account
 
 
 def resolve(

@@ -23,7 +23,8 @@ class ReductionOutcome(StrEnum):
     ACCEPTED = "accepted"
     WRONG_AVERAGE = "rejected: wrong average"
     LEFT_OUT = "rejected: receipted sender left out"
-    UNAVAILABLE = "unavailable"
+    WITHHELD = "unavailable: the reducer does not serve its own input"
+    UNAVAILABLE = "inconclusive: inputs of others are not served"
 
     @property
     def vote(self) -> Outcome:
@@ -107,7 +108,11 @@ def judge(
         if slot not in inputs or not is_committed(spec, commitments[slot], record.part, inputs[slot])
     )
     if missing:
-        reason = f"nobody serves the committed inputs of these slots: {_list(missing)}"
+        own = tuple(slot for slot in missing if plan.roster[slot].peer == published.key)
+        if own == missing:
+            reason = f"the reducer of {name} does not serve its own input"
+            return ReductionVerdict(ReductionOutcome.WITHHELD, reason, missing)
+        reason = f"nobody serves the committed inputs of {name} from these slots: {_list(missing)}"
         return ReductionVerdict(ReductionOutcome.UNAVAILABLE, reason, missing)
     try:
         for slot in record.slots:

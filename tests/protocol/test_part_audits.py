@@ -16,7 +16,7 @@ from swarm_protocol.records import CommitmentSet, Envelope, Outcome, PartVerdict
 
 MakeCast = Callable[..., Any]
 
-A, R, U = Outcome.ACCEPTED, Outcome.REJECTED, Outcome.UNAVAILABLE
+A, R, U, I = Outcome.ACCEPTED, Outcome.REJECTED, Outcome.UNAVAILABLE, Outcome.INCONCLUSIVE  # noqa: E741
 
 
 class Stage:
@@ -150,7 +150,7 @@ def test_only_appointed_auditors_judge_and_only_what_was_drawn(stage: Stage) -> 
     stage.refuse(cast.part_verdict(reducer, average, 0), 403, "own-average")
 
 
-@pytest.mark.parametrize("outcomes", [(U, U), (R, U), (R, A)])
+@pytest.mark.parametrize("outcomes", [(I, I), (R, U), (R, A)])
 def test_an_average_that_auditors_do_not_reject_together_costs_nobody_anything(
     stage: Stage, outcomes: tuple[Outcome, Outcome]
 ) -> None:

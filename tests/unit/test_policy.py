@@ -80,17 +80,30 @@ def test_an_inconclusive_audit_costs_the_contribution_and_accuses_nobody() -> No
 
 def test_a_rejected_average_ends_the_standing_and_all_pending_credit_for_its_own_reason() -> None:
     before = Account(vouched_tokens=100, accepted=1)
-    after = reduction_ruling(before, R, "wrong average of part 3 in round 5")
+    after = reduction_ruling(before, R, "wrong average of part 3 in round 5", round=5, policy=AuditSpec())
     assert after.account == Account(vouched_tokens=100, accepted=1, ended="wrong average of part 3 in round 5")
     assert after.forfeits_everything
-    again = reduction_ruling(after.account, R, "wrong average of part 4 in round 5")
+    again = reduction_ruling(after.account, R, "wrong average of part 4 in round 5", round=5, policy=AuditSpec())
     assert again.account == after.account
 
 
-@pytest.mark.parametrize("outcome", [A, I, U])
+def test_a_reducer_that_withholds_its_own_input_is_unavailable_once_a_round() -> None:
+    account = Account(vouched_tokens=100, accepted=1)
+    for _ in range(3):
+        found = reduction_ruling(account, U, "withheld", round=4, policy=AuditSpec(max_unavailable=2))
+        account = found.account
+    assert account == Account(vouched_tokens=0, accepted=1, unavailable=(4,))
+    assert not found.forfeits_contribution
+    assert not found.forfeits_everything
+    found = reduction_ruling(account, U, "withheld", round=5, policy=AuditSpec(max_unavailable=2))
+    assert found.forfeits_everything
+    assert found.account.ended == "its evidence was unavailable in 2 audits within 20 rounds"
+
+
+@pytest.mark.parametrize("outcome", [A, I])
 def test_no_other_audit_of_an_average_costs_anybody_anything(outcome: Outcome) -> None:
     before = Account(vouched_tokens=100, accepted=1, unavailable=(1, 2))
-    after = reduction_ruling(before, outcome, "nobody serves the committed inputs")
+    after = reduction_ruling(before, outcome, "nobody serves the committed inputs", round=3, policy=AuditSpec())
     assert after.account == before
     assert not after.forfeits_contribution
     assert not after.forfeits_everything

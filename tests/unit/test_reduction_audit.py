@@ -204,7 +204,8 @@ def test_each_outcome_is_one_that_a_signed_verdict_has() -> None:
         ReductionOutcome.ACCEPTED: Outcome.ACCEPTED,
         ReductionOutcome.WRONG_AVERAGE: Outcome.REJECTED,
         ReductionOutcome.LEFT_OUT: Outcome.REJECTED,
-        ReductionOutcome.UNAVAILABLE: Outcome.UNAVAILABLE,
+        ReductionOutcome.WITHHELD: Outcome.UNAVAILABLE,
+        ReductionOutcome.UNAVAILABLE: Outcome.INCONCLUSIVE,
     }
 
 
@@ -285,8 +286,10 @@ def test_a_liar_cannot_hide_inputs_that_their_senders_serve(trick: str) -> None:
     assert verdict.outcome is ReductionOutcome.WRONG_AVERAGE
 
 
-def test_what_only_the_reducer_has_and_does_not_serve_makes_an_average_unavailable() -> None:
+def test_a_reducer_that_does_not_serve_its_own_input_withholds_it() -> None:
     case = Case()
     published = case.published(0, 1, 2, 3, over=(1, 2, 3))
     verdict = gathered(case, published, lambda slot, header: None if slot == 2 else honest(case, slot, header))
-    assert (verdict.outcome, verdict.slots) == (ReductionOutcome.UNAVAILABLE, (2,))
+    assert (verdict.outcome, verdict.slots) == (ReductionOutcome.WITHHELD, (2,))
+    verdict = gathered(case, published, lambda slot, header: None if slot in (2, 3) else honest(case, slot, header))
+    assert (verdict.outcome, verdict.slots) == (ReductionOutcome.UNAVAILABLE, (2, 3)), "that may be the sender's fault"

@@ -44,12 +44,14 @@ class Measured:
     """Counters of one node's exchange.
 
     delivery   from the first byte of a part until its receipt is here
+    inputs     from a part's first input until everything of it is here, or its time is over
     reduction  adding up a part of which everything is here, encoding and signing the average
     fetch      from asking for an average until it is checked and decoded
     waiting    from our last delivery of a round until the last average is here
     """
 
     delivery: Latency = field(default_factory=Latency)
+    inputs: Latency = field(default_factory=Latency)
     reduction: Latency = field(default_factory=Latency)
     fetch: Latency = field(default_factory=Latency)
     waiting: Latency = field(default_factory=Latency)
@@ -93,7 +95,7 @@ class Measured:
     def describe(self, traffic: Traffic, control: Traffic) -> dict[str, Any]:
         """For JSON: latencies, counts, and bytes by plane and by peer; `control` is what the coordinator's client counts."""
         return {
-            **{name: getattr(self, name).describe() for name in ("delivery", "reduction", "fetch", "waiting")},
+            **{name: getattr(self, name).describe() for name in ("delivery", "inputs", "reduction", "fetch", "waiting")},
             "upload_bytes_per_s": self.upload_bytes_per_s,
             "receipts": self.receipts,
             "delivery_retries": self.delivery_retries,

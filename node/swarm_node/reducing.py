@@ -286,7 +286,7 @@ class Reducer:
         """Wait for the inputs of a part, then make, sign and publish its average."""
         place = self._place(part)
         assert place is not None
-        end = self._started + PARTIAL_SHARES[place] * self._spec.rounds.exchange_s
+        began, end = time.monotonic(), self._started + PARTIAL_SHARES[place] * self._spec.rounds.exchange_s
         weights = await self._weights(part, end)
         if weights is None:
             return
@@ -297,6 +297,7 @@ class Reducer:
                     await inbox.changed.wait()
             except TimeoutError:
                 break
+        self._measured.inputs.add(time.monotonic() - began)
         inbox.closed = True
         inputs = {slot: inbox.inputs[slot] for slot in weights if slot in inbox.inputs}
         if self._sketching is not None:

@@ -53,7 +53,7 @@ def test_the_demo_trains_exchanges_and_replays(environment: dict[str, str]) -> N
     assert result["audits"]["accepted"] >= 2
     assert sum(result["audits"].values()) == result["audits"]["accepted"]
     for measured in result["exchange"].values():
-        assert all(measured[step]["count"] > 0 for step in ("delivery", "reduction", "fetch", "waiting"))
+        assert all(measured[step]["count"] > 0 for step in ("delivery", "inputs", "reduction", "fetch", "waiting"))
         assert measured["bytes"]["direct"]["sent"] > 0
         assert measured["bytes"]["control"]["received"] > 0
 

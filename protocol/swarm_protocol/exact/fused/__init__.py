@@ -137,7 +137,7 @@ def norm_gradient(
 
 def swiglu_limbs(gate_up: Tensor, planes: Tensor, e: Tensor, status: Tensor) -> None:
     rows, width = planes.shape[1:]
-    tile, block = tiles(rows, width)
+    tile, block = tiles(rows, width, 1024, TILE // 2)
     sizes = {"LIMBS": len(planes), "ROWS": tile, "BLOCK": block}
     given = gate_up, planes, planes.stride(0), e, status
     launch(layers.swiglu_limbs, (programs(rows, tile),), *given, rows, width, **sizes)
@@ -145,7 +145,7 @@ def swiglu_limbs(gate_up: Tensor, planes: Tensor, e: Tensor, status: Tensor) -> 
 
 def swiglu_gradient(dy: Tensor, gate_up: Tensor) -> None:
     rows, width = dy.shape
-    tile, block = tiles(rows, width, 1024)
+    tile, block = tiles(rows, width, 1024, TILE // 2)
     grid = programs(rows, tile), programs(width, block)
     launch(layers.swiglu_gradient, grid, dy, gate_up, rows, width, ROWS=tile, BLOCK=block)
 
@@ -192,7 +192,7 @@ def heads(
 
 def softmax_limbs(s: Tensor, q_e: Tensor, k_e: Tensor, scale: float, planes: Tensor, r: Tensor) -> None:
     count, rows, positions = planes.shape
-    tile, block = tiles(rows, positions, 1024)
+    tile, block = tiles(rows, positions, 1024, TILE // 2)
     sizes = {"LIMBS": count, "ROWS": tile, "BLOCK": block}
     given = s, q_e, k_e, scale, planes, r, planes.stride(0)
     launch(attention.softmax_limbs, (programs(rows, tile),), *given, rows, positions, **sizes)
@@ -245,7 +245,7 @@ def softmax_gradient_limbs(
     status: Tensor,
 ) -> None:
     planes, count, positions = weights.shape
-    tile, block = tiles(count, positions, 128)
+    tile, block = tiles(count, positions, 128, TILE // 2)
     d_s, row_bits, column_bits = r.new_empty(count, positions), torch.zeros_like(rows_e), torch.zeros_like(columns_e)
     grid, sizes = (programs(count, tile), programs(positions, block)), {"LIMBS": planes, "ROWS": tile, "BLOCK": block}
     given = s, s_e, weights, r, correction, scale, q_e, k_e, d_s, row_bits, column_bits

@@ -100,7 +100,7 @@ def value_heads(
     sequence, head = c // kv_heads, c % kv_heads
     width = (group + 2) * kv_heads * size
     source = qkv + sequence.to(tl.int64) * positions * width + (kv_heads * (group + 1) + head) * size
-    largest = tl.zeros((ROWS, BLOCK), tl.int32)
+    largest = tl.full((ROWS, BLOCK), 0, tl.int32)
     for start in range(0, positions, ROWS):
         s = start + rows
         mask = (s < positions)[:, None] & (j < size)[None, :]
@@ -144,7 +144,7 @@ def softmax_limbs(
         score = product_value(s, plane, row + start + j[None, :], seen, e, LIMBS) * scale
         largest = tl.maximum(largest, tl.where(seen, score, float("-inf")))
     m = tl.reduce(largest, 1, tl.standard._elementwise_max)
-    total = tl.zeros((ROWS, BLOCK), tl.int32)
+    total = tl.full((ROWS, BLOCK), 0, tl.int32)
     for start in range(0, positions, BLOCK):
         mask = (t < rows)[:, None] & (start + j < positions)[None, :]
         seen = mask & (start + j[None, :] <= last[:, None])
@@ -154,7 +154,7 @@ def softmax_limbs(
         q = tl.where(seen, whole(p * (1 << 7 * LIMBS - 1)), 0)
         total += q
         store_digits(planes, plane, at, mask, q, LIMBS)
-    sums = total_of(total.to(tl.int64), 1).to(tl.float32) * power_of_two(1 - 7 * LIMBS + tl.zeros((ROWS,), tl.int32))
+    sums = total_of(total.to(tl.int64), 1).to(tl.float32) * power_of_two(1 - 7 * LIMBS + tl.full((ROWS,), 0, tl.int32))
     # A score that overflowed must not pass for a weight: NaN is refused where it next becomes limbs.
     tl.store(r + t, tl.where(m < float("inf"), reciprocal(sums), float("nan")), t < rows)
 
@@ -270,7 +270,7 @@ def score_gradients(
     mask = present[:, None] & inside[None, :]
     at = t.to(tl.int64)[:, None] * positions + j[None, :]
     seen = mask & (j[None, :] <= (t % positions)[:, None])
-    unit = power_of_two(1 - 7 * LIMBS + tl.zeros((ROWS,), tl.int32))[:, None]
+    unit = power_of_two(1 - 7 * LIMBS + tl.full((ROWS,), 0, tl.int32))[:, None]
     w = (load_digits(weights, plane, at, seen, LIMBS).to(tl.float32) * unit) * tl.load(r + t, present, 0.0)[:, None]
     e = tl.load(s_e + t, present, 0)[:, None]
     d_w = product_value(s, plane, at, seen, e, LIMBS)

@@ -51,7 +51,7 @@ def finish(
 def limbs(x, planes, plane, e, status, rows, width, LIMBS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     t, j = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
     row = t.to(tl.int64)[:, None] * width
-    largest = tl.zeros((ROWS, BLOCK), tl.int32)
+    largest = tl.full((ROWS, BLOCK), 0, tl.int32)
     for start in range(0, width, BLOCK):
         mask = (t < rows)[:, None] & (start + j < width)[None, :]
         largest = tl.maximum(largest, magnitude(tl.load(x + row + start + j[None, :], mask, 0.0)))
@@ -71,7 +71,7 @@ def polynomial_limbs(
 ):
     t, j = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
     row = t.to(tl.int64)[:, None] * size
-    largest = tl.zeros((ROWS, BLOCK), tl.int32)
+    largest = tl.full((ROWS, BLOCK), 0, tl.int32)
     for start in range(0, size, BLOCK):
         mask = (t < size)[:, None] & (start + j < size)[None, :]
         value = _polynomial(gram, square, b, c, fold, row + start + j[None, :], start + j, size, mask)
@@ -267,7 +267,7 @@ def swiglu_limbs(
 ):
     t, j = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
     row = t.to(tl.int64)[:, None] * width
-    largest = tl.zeros((ROWS, BLOCK), tl.int32)
+    largest = tl.full((ROWS, BLOCK), 0, tl.int32)
     for start in range(0, width, BLOCK):
         mask = (t < rows)[:, None] & (start + j < width)[None, :]
         largest = tl.maximum(largest, magnitude(_swiglu(gate_up, 2 * row + start + j[None, :], width, mask)))

@@ -44,10 +44,10 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int = 4, 
         raise RuntimeError(f"the kernel {kernel.__name__} does not run here: {error}") from error
 
 
-def tiles(rows: int, width: int, widest: int = TILE) -> tuple[int, int]:
+def tiles(rows: int, width: int, widest: int = TILE, elements: int = TILE) -> tuple[int, int]:
     """Rows and columns of a program's tile for such a matrix: powers of two, columns at most `widest`."""
     columns = min(rule.power_of_two_at_least(width), widest)
-    return min(max(1, TILE // columns), _MOST_ROWS, rule.power_of_two_at_least(rows)), columns
+    return min(max(1, elements // columns), _MOST_ROWS, rule.power_of_two_at_least(rows)), columns
 
 
 def warps_for(elements: int) -> int:
@@ -176,13 +176,18 @@ def _sum_of_weight(s, plane, at, mask, WEIGHT: tl.constexpr, LIMBS: tl.constexpr
 
 
 @kernel
+def sum_of_two(x, AXIS: tl.constexpr):
+    """Over an axis of length 2: one addition, so that there is no order."""
+    tl.static_assert(x.shape[AXIS] == 2)
+    return tl.reduce(x, AXIS, tl.standard._sum_combine)
+
+
+@kernel
 def halves(x, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """Of x [ROWS, WIDTH]: sums over the last axis, x[i] + x[i + WIDTH / 2] until one is left."""
     for level in tl.static_range(LEVELS):
         if (WIDTH >> level) > 1:
-            pairs = tl.permute(tl.reshape(x, (ROWS, 2, WIDTH >> (level + 1))), (0, 2, 1))
-            first, second = tl.split(pairs)
-            x = first + second
+            x = sum_of_two(tl.reshape(x, (ROWS, 2, WIDTH >> (level + 1))), 1)
     return tl.reshape(x, (ROWS,))
 
 
@@ -191,9 +196,7 @@ def halves_of_columns(x, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """Of x [ROWS, WIDTH]: sums over the first axis, x[i] + x[i + ROWS / 2] until one is left."""
     for level in tl.static_range(LEVELS):
         if (ROWS >> level) > 1:
-            pairs = tl.permute(tl.reshape(x, (2, ROWS >> (level + 1), WIDTH)), (1, 2, 0))
-            first, second = tl.split(pairs)
-            x = first + second
+            x = sum_of_two(tl.reshape(x, (2, ROWS >> (level + 1), WIDTH)), 0)
     return tl.reshape(x, (WIDTH,))
 
 
@@ -202,9 +205,7 @@ def pairs_of_columns(x, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """Of x [ROWS, WIDTH]: sums over the first axis, x[2i] + x[2i + 1] until one is left."""
     for level in tl.static_range(LEVELS):
         if (ROWS >> level) > 1:
-            pairs = tl.permute(tl.reshape(x, (ROWS >> (level + 1), 2, WIDTH)), (0, 2, 1))
-            first, second = tl.split(pairs)
-            x = first + second
+            x = sum_of_two(tl.reshape(x, (ROWS >> (level + 1), 2, WIDTH)), 1)
     return tl.reshape(x, (WIDTH,))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from swarm_protocol.exact import eager, rule
 from swarm_protocol.exact.fused import attention, layers, updates
-from swarm_protocol.exact.fused.rows import TILE, WIDEST, launch, programs, tiles, warps_for
+from swarm_protocol.exact.fused.rows import launch, programs, tiles, warps_for, whole_rows
 from swarm_protocol.exact.reference import sum_by_halves
 from swarm_protocol.exact.rule import StepScalars, power_of_two_at_least
 
@@ -20,6 +20,12 @@ name = "triton"
 
 embedding_gradient = eager.embedding_gradient
 """Torch's: it sorts tokens, and takes little of a step."""
+
+TILE = 4096
+"""Elements that a program holds of each operand; half of it where it holds many."""
+
+WIDEST = 1 << 14
+"""Elements of the longest row that one program sums; RMSNorm of longer rows is torch's."""
 
 _PARTIAL = 1024
 """Numbers to which a row of exponentials is summed before the last kernel of the cross-entropy."""
@@ -37,7 +43,7 @@ def _limbs(products: int) -> int:
 
 def finish(s: Tensor, a_e: Tensor, b_e: Tensor, out: Tensor, keep: float) -> None:
     rows, width = out.shape
-    tile, block = tiles(rows, width, 1024)
+    tile, block = tiles(rows, width, TILE, 1024)
     grid = programs(rows, tile), programs(width, block)
     sizes = {"LIMBS": _limbs(len(s)), "ROWS": tile, "BLOCK": block}
     launch(layers.finish, grid, s, s.stride(0), a_e, b_e, out, rows, width, keep, KEEP=keep != 0.0, **sizes)
@@ -45,7 +51,7 @@ def finish(s: Tensor, a_e: Tensor, b_e: Tensor, out: Tensor, keep: float) -> Non
 
 def limbs(x: Tensor, planes: Tensor, e: Tensor, status: Tensor) -> None:
     rows, width = x.shape
-    tile, block = tiles(rows, width)
+    tile, block = tiles(rows, width, TILE, TILE)
     sizes = {"LIMBS": len(planes), "ROWS": tile, "BLOCK": block}
     launch(layers.limbs, (programs(rows, tile),), x, planes, planes.stride(0), e, status, rows, width, **sizes)
 
@@ -71,7 +77,7 @@ def gradient_limbs(
 def _grain_tiles(tokens: int, width: int, grain: int) -> tuple[tuple[int, int, int], dict[str, int]]:
     """Tiles that are low enough for a grain and wide enough for whole lines of memory."""
     grain = min(grain, tokens)
-    tile, block = tiles(grain, width, 128)
+    tile, block = tiles(grain, width, TILE, 128)
     return (programs(grain, tile), programs(width, block), programs(tokens, grain)), {"ROWS": tile, "BLOCK": block}
 
 
@@ -104,7 +110,7 @@ def norm_limbs(x: Tensor, gain: Tensor, eps: float, planes: Tensor, e: Tensor, r
     if width > WIDEST:
         eager.norm_limbs(x, gain, eps, planes, e, r, status)
         return
-    tile, block = tiles(rows, width, WIDEST)
+    tile, block = whole_rows(rows, width, TILE)
     sizes = {"LIMBS": len(planes), "ROWS": tile, "BLOCK": block}
     given = x, gain, eps, rule.reciprocal(width), planes, planes.stride(0), e, r, status
     launch(layers.norm_limbs, (programs(rows, tile),), *given, rows, width, **sizes, warps=warps_for(tile * block))
@@ -120,7 +126,7 @@ def norm_gradient(
     grain = min(grain, tokens)
     grains = programs(tokens, grain)
     padded, last_padded = (power_of_two_at_least(n) for n in (grain, tokens - (grains - 1) * grain))
-    tile, block = tiles(grain, width, WIDEST)
+    tile, block = whole_rows(grain, width, TILE)
     lines = max(1, padded // tile)
     sums = x.new_empty(grains * lines, width)
     given = dy, x, r, gain, rule.reciprocal(width), dx, sums, tokens, width, grain, padded, last_padded
@@ -137,7 +143,7 @@ def norm_gradient(
 
 def swiglu_limbs(gate_up: Tensor, planes: Tensor, e: Tensor, status: Tensor) -> None:
     rows, width = planes.shape[1:]
-    tile, block = tiles(rows, width, 1024, TILE // 2)
+    tile, block = tiles(rows, width, TILE // 2, 1024)
     sizes = {"LIMBS": len(planes), "ROWS": tile, "BLOCK": block}
     given = gate_up, planes, planes.stride(0), e, status
     launch(layers.swiglu_limbs, (programs(rows, tile),), *given, rows, width, **sizes)
@@ -145,7 +151,7 @@ def swiglu_limbs(gate_up: Tensor, planes: Tensor, e: Tensor, status: Tensor) -> 
 
 def swiglu_gradient(dy: Tensor, gate_up: Tensor) -> None:
     rows, width = dy.shape
-    tile, block = tiles(rows, width, 1024, TILE // 2)
+    tile, block = tiles(rows, width, TILE // 2, 1024)
     grid = programs(rows, tile), programs(width, block)
     launch(layers.swiglu_gradient, grid, dy, gate_up, rows, width, ROWS=tile, BLOCK=block)
 
@@ -181,18 +187,18 @@ def heads(
     count, planes, positions, size = k.shape
     group = q.shape[2] // positions
     shape = positions, size, group, qkv.shape[1] // size // (group + 2)
-    tile, block = tiles(positions, size // 2)
+    tile, block = whole_rows(positions, size // 2, TILE)
     grid = programs(positions, tile), group + 1, count
     given = qkv, cos, sin, q, q_e, k, k_e, status
     launch(attention.rotated_heads, grid, *given, *shape, LIMBS=planes, ROWS=tile, BLOCK=block)
-    tile, block = tiles(positions, size, 64)
+    tile, block = tiles(positions, size, TILE, 64)
     sizes = {"LIMBS": planes, "ROWS": tile, "BLOCK": block}
     launch(attention.value_heads, (programs(size, block), count), qkv, v, v_e, status, *shape, **sizes)
 
 
 def softmax_limbs(s: Tensor, q_e: Tensor, k_e: Tensor, scale: float, planes: Tensor, r: Tensor) -> None:
     count, rows, positions = planes.shape
-    tile, block = tiles(rows, positions, 1024, TILE // 2)
+    tile, block = tiles(rows, positions, TILE // 2, 1024)
     sizes = {"LIMBS": count, "ROWS": tile, "BLOCK": block}
     given = s, q_e, k_e, scale, planes, r, planes.stride(0)
     launch(attention.softmax_limbs, (programs(rows, tile),), *given, rows, positions, **sizes)
@@ -200,7 +206,7 @@ def softmax_limbs(s: Tensor, q_e: Tensor, k_e: Tensor, scale: float, planes: Ten
 
 def place_heads(s: Tensor, v_e: Tensor, r: Tensor, out: Tensor, column: int) -> None:
     _, rows, size = s.shape
-    tile, block = tiles(rows, size)
+    tile, block = whole_rows(rows, size, TILE)
     sizes = {"LIMBS": _limbs(len(s)), "ROWS": tile, "BLOCK": block}
     shape = rows, len(out), size, out.shape[1], column
     launch(attention.place_heads, (programs(rows, tile),), s, v_e, r, out, s.stride(0), *shape, **sizes)
@@ -220,7 +226,7 @@ def attended_limbs(
     status: Tensor,
 ) -> None:
     planes, count, size = rows.shape
-    tile, block = tiles(count, size)
+    tile, block = whole_rows(count, size, TILE)
     column_bits = torch.zeros_like(columns_e)
     grid, sizes = (programs(count, tile),), {"LIMBS": planes, "ROWS": tile, "BLOCK": block}
     shape = rows.stride(0), count, len(out), size, out.shape[1], column
@@ -245,7 +251,7 @@ def softmax_gradient_limbs(
     status: Tensor,
 ) -> None:
     planes, count, positions = weights.shape
-    tile, block = tiles(count, positions, 128, TILE // 2)
+    tile, block = tiles(count, positions, TILE // 2, 128)
     d_s, row_bits, column_bits = r.new_empty(count, positions), torch.zeros_like(rows_e), torch.zeros_like(columns_e)
     grid, sizes = (programs(count, tile), programs(positions, block)), {"LIMBS": planes, "ROWS": tile, "BLOCK": block}
     given = s, s_e, weights, r, correction, scale, q_e, k_e, d_s, row_bits, column_bits
@@ -256,7 +262,7 @@ def softmax_gradient_limbs(
 def place_gradients(d_q: Tensor, d_k: Tensor, d_v: Tensor, cos: Tensor, sin: Tensor, head: int, d_qkv: Tensor) -> None:
     positions, size = d_k.shape
     group = len(d_q) // positions
-    tile, block = tiles(positions, size // 2)
+    tile, block = whole_rows(positions, size // 2, TILE)
     grid = programs(positions, tile), group + 2
     shape = positions, size, group, head, d_qkv.shape[1]
     launch(attention.place_gradients, grid, d_q, d_k, d_v, cos, sin, d_qkv, *shape, ROWS=tile, BLOCK=block)
@@ -288,7 +294,7 @@ def polynomial_limbs(
     gram: Tensor, square: Tensor, b: float, c: float, fold: Tensor, planes: Tensor, e: Tensor, status: Tensor
 ) -> None:
     size = len(gram)
-    tile, block = tiles(size, size)
+    tile, block = tiles(size, size, TILE // 2, 1024)
     sizes = {"LIMBS": len(planes), "ROWS": tile, "BLOCK": block}
     given = gram, square, b, c, fold, planes, planes.stride(0), e, status
     launch(layers.polynomial_limbs, (programs(size, tile),), *given, size, **sizes)

@@ -161,7 +161,19 @@ def softmax_limbs(
 
 @kernel
 def place_heads(
-    s, v_e, r, out, plane, rows, positions, size, width, column, LIMBS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    s,
+    v_e,
+    r,
+    out,
+    plane,
+    rows,
+    positions,
+    size,
+    width,
+    column,
+    LIMBS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     t, j = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
     mask = (t < rows)[:, None] & (j < size)[None, :]
@@ -299,7 +311,7 @@ def place_gradients(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Some positions of a head's queries `part` of its group, or of its keys or values if that is the group's size or more."""
+    """Some positions of a head: queries `part` of its group, or keys or values if that is the group's size or more."""
     s, j = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
     part, half = tl.program_id(1), size // 2
     kv_heads = width // size // (group + 2)

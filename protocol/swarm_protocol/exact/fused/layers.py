@@ -32,7 +32,18 @@ from swarm_protocol.exact.fused.rows import (
 
 @kernel
 def finish(
-    s, plane, a_e, b_e, out, rows, width, keep, KEEP: tl.constexpr, LIMBS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    s,
+    plane,
+    a_e,
+    b_e,
+    out,
+    rows,
+    width,
+    keep,
+    KEEP: tl.constexpr,
+    LIMBS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     t, j = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = (t < rows)[:, None] & (j < width)[None, :]
@@ -67,7 +78,19 @@ def limbs(x, planes, plane, e, status, rows, width, LIMBS: tl.constexpr, ROWS: t
 
 @kernel
 def polynomial_limbs(
-    gram, square, b, c, fold, planes, plane, e, status, size, LIMBS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    gram,
+    square,
+    b,
+    c,
+    fold,
+    planes,
+    plane,
+    e,
+    status,
+    size,
+    LIMBS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     t, j = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
     row = t.to(tl.int64)[:, None] * size
@@ -94,9 +117,7 @@ def _polynomial(gram, square, b, c, fold, at, column, size, mask):
 
 
 @kernel
-def gradient_scales(
-    dy, w_e, x_e, row_bits, column_bits, tokens, width, grain, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
+def gradient_scales(dy, w_e, x_e, row_bits, column_bits, tokens, width, grain, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """Raise the bits of the largest magnitudes of rows [T] and of columns [grains, N], which are 0 before."""
     t, j, present, inside = _grain_tile(tokens, width, grain, ROWS, BLOCK)
     mask = present[:, None] & inside[None, :]

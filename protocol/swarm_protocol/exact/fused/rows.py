@@ -17,12 +17,6 @@ from triton.errors import TritonError
 
 from swarm_protocol.exact import rule
 
-TILE = 4096
-"""Elements that a program holds of each operand, where its rows are not longer."""
-
-WIDEST = 1 << 14
-"""Elements of the longest row that one program sums; passes with longer rows are torch's."""
-
 _MOST_ROWS = 64
 
 
@@ -44,10 +38,16 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int = 4, 
         raise RuntimeError(f"the kernel {kernel.__name__} does not run here: {error}") from error
 
 
-def tiles(rows: int, width: int, widest: int = TILE, elements: int = TILE) -> tuple[int, int]:
-    """Rows and columns of a program's tile for such a matrix: powers of two, columns at most `widest`."""
-    columns = min(rule.power_of_two_at_least(width), widest)
-    return min(max(1, elements // columns), _MOST_ROWS, rule.power_of_two_at_least(rows)), columns
+def tiles(rows: int, width: int, elements: int, widest: int) -> tuple[int, int]:
+    """Rows and columns of a program's tile of such a matrix: powers of two, at most `widest` columns and so many elements."""
+    columns = min(rule.power_of_two_at_least(width), widest, elements)
+    return min(elements // columns, _MOST_ROWS, rule.power_of_two_at_least(rows)), columns
+
+
+def whole_rows(rows: int, width: int, elements: int) -> tuple[int, int]:
+    """The same with whole rows, even if one is more than so many elements."""
+    columns = rule.power_of_two_at_least(width)
+    return tiles(rows, width, max(elements, columns), columns)
 
 
 def warps_for(elements: int) -> int:
@@ -129,6 +129,7 @@ def raise_status(status, e):
 @kernel
 def store_digits(planes, plane, at, mask, q, LIMBS: tl.constexpr):
     """Integers as balanced digits at `at` of each plane; planes are `plane` elements apart."""
+    plane = tl.cast(plane, tl.int64)
     for k in tl.static_range(LIMBS - 1):
         low = ((q + 64) & 127) - 64
         tl.store(planes + (LIMBS - 1 - k) * plane + at, low.to(tl.int8), mask)
@@ -139,6 +140,7 @@ def store_digits(planes, plane, at, mask, q, LIMBS: tl.constexpr):
 @kernel
 def load_digits(planes, plane, at, mask, LIMBS: tl.constexpr):
     """The integers of which `store_digits` made digits."""
+    plane = tl.cast(plane, tl.int64)
     q = tl.load(planes + at, mask, 0).to(tl.int32)
     for k in tl.static_range(LIMBS - 1):
         q = (q << 7) + tl.load(planes + (k + 1) * plane + at, mask, 0).to(tl.int32)
@@ -148,6 +150,7 @@ def load_digits(planes, plane, at, mask, LIMBS: tl.constexpr):
 @kernel
 def product_value(s, plane, at, mask, e, LIMBS: tl.constexpr):
     """What integers of limb products at `at` stand for; e is the sum of their exponents."""
+    plane = tl.cast(plane, tl.int64)
     value = tl.load(s + at, mask, 0).to(tl.float32)
     for weight in tl.static_range(1, 2 * LIMBS - 1):
         value = value * 128.0 + _sum_of_weight(s, plane, at, mask, weight, LIMBS).to(tl.float32)

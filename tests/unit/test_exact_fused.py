@@ -200,6 +200,23 @@ def test_the_self_test_passes_in_the_interpreter(fused_interpreted: Any) -> None
     assert segment.self_test_hash(Backend(multiply_int8, fused_interpreted), "cpu") == segment.SELF_TEST_HASH
 
 
+def test_a_kernel_that_does_not_compile_is_a_runtime_error(fused_for_gpus: Any) -> None:
+    """So that the self-test goes on to torch's passes."""
+    errors = importlib.import_module("triton.errors")
+
+    class Broken:
+        __name__ = "limbs"
+
+        def __getitem__(self, _grid: object) -> Callable[..., None]:
+            def run(*_arguments: object, **_constants: object) -> None:
+                raise errors.TritonError("no such instruction")
+
+            return run
+
+    with pytest.raises(RuntimeError, match=r"limbs does not run here.*no such instruction"):
+        fused_for_gpus.rows.launch(Broken(), (1,), torch.zeros(1))
+
+
 # --- Machine code
 
 

@@ -279,11 +279,27 @@ def everything(fused: Any) -> None:
 
 
 def float_operations(ptx: str) -> set[str]:
-    """Instructions that take or make floating-point numbers, but those that move, load or compare."""
-    names = re.findall(r"^\s*(?:@!?%\w+\s+)?([a-z][\w.:]*)", ptx, re.MULTILINE)
-    return {name for name in names if re.search(r"\.(b?f|tf)\d|approx|ftz|\.e[45]m", name)} - {
-        name for name in names if name.startswith("setp.")
+    """Instructions that take or make floating-point numbers, but comparisons; and all that flush or approximate."""
+    names = {
+        found[1]
+        for statement in re.split(r"[\n;{}]", ptx)
+        if (found := re.match(r"\s*(?:@!?%\w+\s+)?([a-z][\w.:]*)", statement))
     }
+    number = r"\.(b?f|tf)\d|approx|ftz|\.e[45]m"
+    return {name for name in names if re.search(number, name) and not re.fullmatch(r"setp\.\w+\.f32", name)}
+
+
+def lengths_of_sums(ir: str) -> list[int]:
+    """Of the axes over which floats are added by a reduction, whose order is Triton's own."""
+    lengths = []
+    for reduction in ir.split('"tt.reduce"')[1:]:
+        end = re.search(r"\}\) : \(tensor<([\dx]+)x(\w+)", reduction)
+        axis = re.search(r"axis = (\d+)", reduction)
+        assert end is not None
+        assert axis is not None
+        if end[2] == "f32" and "arith.maxnumf" not in reduction[: end.start()]:
+            lengths.append(int(end[1].split("x")[int(axis[1])]))
+    return lengths
 
 
 def machine_code(kernel: Any, folder: Path) -> list[str]:
@@ -300,11 +316,16 @@ def test_compiled_kernels_round_every_operation_once(compile_for: Any, capabilit
     kernels = compile_for(capability, everything)
     assert len({kernel.metadata.name for kernel in kernels}) > 20
     used: set[str] = set()
+    summed = False
     for kernel in kernels:
         ptx, name = kernel.asm["ptx"], kernel.metadata.name
         assert not kernel.metadata.enable_fp_fusion
         operations = float_operations(ptx)
         assert operations <= ROUNDED | CONVERTED | NOT_ROUNDED, name
+        sums = lengths_of_sums(kernel.asm["ttir"])
+        assert set(sums) <= {2}, f"{name} adds floats in Triton's order"
+        assert lengths_of_sums(kernel.asm["ttgir"]) == sums, f"Triton changed the sums of {name}"
+        summed |= bool(sums)
         assert not re.search(r"add\.rn\.f32.*, 0f00000000;", ptx), f"{name} adds 0, which changes the sign of a zero"
         instructions = machine_code(kernel, tmp_path)
         assert any(instruction.startswith("EXIT") for instruction in instructions)
@@ -312,6 +333,7 @@ def test_compiled_kernels_round_every_operation_once(compile_for: Any, capabilit
             assert not [i for i in instructions if i.startswith(("FFMA", "FMUL.FTZ", "FADD.FTZ"))], name
         used |= operations
     assert used >= ROUNDED
+    assert summed
 
 
 def test_without_the_option_triton_would_fuse(

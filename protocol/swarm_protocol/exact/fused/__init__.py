@@ -132,13 +132,13 @@ def norm_gradient(
     given = dy, x, r, gain, rule.reciprocal(width), dx, sums, tokens, width, grain, padded, last_padded
     warps = warps_for(tile * block)
     launch(layers.norm_gradient, (lines, grains), *given, ROWS=tile, BLOCK=block, warps=warps)
-    while lines > _LINES:
-        lines //= _LINES
+    while lines > 1:
+        at_once = min(lines, _LINES)
+        lines //= at_once
         longer, sums = sums, x.new_empty(grains * lines, width)
-        grid, sizes = (len(sums), programs(width, 16)), {"ROWS": _LINES, "BLOCK": 16}
+        grid, sizes = (len(sums), programs(width, 16)), {"ROWS": at_once, "BLOCK": 16}
         launch(layers.pair_sums, grid, longer, sums, width, **sizes)
-    sizes = {"ROWS": lines, "BLOCK": 16}
-    launch(layers.grain_sums, (programs(width, 16),), sums, gain_gradient, grains, width, KEEP=keep, **sizes)
+    launch(layers.grain_sums, (programs(width, 128),), sums, gain_gradient, grains, width, KEEP=keep, BLOCK=128)
 
 
 def swiglu_limbs(gate_up: Tensor, planes: Tensor, e: Tensor, status: Tensor) -> None:

@@ -217,7 +217,7 @@ def attended_rows(
     dy = tl.load(d_out + place, mask, 0.0)
     tl.store(correction + t, halves(dy * tl.load(out + place, mask, 0.0), ROWS, BLOCK), t < rows)
     by_columns = magnitude(dy * tl.load(r + t, t < rows, 0.0)[:, None])
-    tl.atomic_max(column_bits + j, largest_of(by_columns, 0), j < size)
+    tl.atomic_max(column_bits + j, largest_of(by_columns, 0), j < size, sem="relaxed")
     folded = dy * power_of_two(tl.load(v_e + j, j < size, 0))[None, :]
     found = exponent(largest_of(magnitude(folded), 1))
     tl.store(e + t, found, t < rows)
@@ -291,8 +291,8 @@ def score_gradients(
     tl.store(d_s + at, x, mask)
     by_rows = magnitude(x * power_of_two(tl.load(k_e + j, inside, 0))[None, :])
     by_columns = magnitude(x * power_of_two(tl.load(q_e + t, present, 0))[:, None])
-    tl.atomic_max(row_bits + t, largest_of(by_rows, 1), present)
-    tl.atomic_max(column_bits + j, largest_of(by_columns, 0), inside)
+    tl.atomic_max(row_bits + t, largest_of(by_rows, 1), present, sem="relaxed")
+    tl.atomic_max(column_bits + j, largest_of(by_columns, 0), inside, sem="relaxed")
 
 
 @kernel

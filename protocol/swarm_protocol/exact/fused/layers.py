@@ -124,8 +124,8 @@ def gradient_scales(dy, w_e, x_e, row_bits, column_bits, tokens, width, grain, R
     x = tl.load(dy + t.to(tl.int64)[:, None] * width + j[None, :], mask, 0.0)
     by_rows = magnitude(x * power_of_two(tl.load(w_e + j, inside, 0))[None, :])
     by_columns = magnitude(x * power_of_two(tl.load(x_e + t, present, 0))[:, None])
-    tl.atomic_max(row_bits + t, largest_of(by_rows, 1), present)
-    tl.atomic_max(column_bits + tl.program_id(2) * width + j, largest_of(by_columns, 0), inside)
+    tl.atomic_max(row_bits + t, largest_of(by_rows, 1), present, sem="relaxed")
+    tl.atomic_max(column_bits + tl.program_id(2) * width + j, largest_of(by_columns, 0), inside, sem="relaxed")
 
 
 @kernel
@@ -254,28 +254,21 @@ def norm_gradient(
 @kernel
 def pair_sums(sums, out, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """Sums by pairs of each ROWS rows of a matrix."""
-    j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    program = tl.program_id(0).to(tl.int64)
-    total = _pair_sum(sums + program * ROWS * width, j, width, ROWS, BLOCK)
-    tl.store(out + program * width + j, total, j < width)
+    program, j = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    at = (program * ROWS + tl.arange(0, ROWS))[:, None] * width + j[None, :]
+    rows = tl.load(sums + at, (j < width)[None, :], 0.0)
+    tl.store(out + program * width + j, pairs_of_columns(rows, ROWS, BLOCK), j < width)
 
 
 @kernel
-def _pair_sum(sums, j, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    at = tl.arange(0, ROWS)[:, None] * width + j[None, :]
-    return pairs_of_columns(tl.load(sums + at, (j < width)[None, :], 0.0), ROWS, BLOCK)
-
-
-@kernel
-def grain_sums(sums, out, grains, width, KEEP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """The grains' sums by pairs, each of ROWS rows, added in order."""
+def grain_sums(sums, out, grains, width, KEEP: tl.constexpr, BLOCK: tl.constexpr):
+    """The grains' sums added in order; apart from `pair_sums`, because Triton reorders sums that are reduced in a loop."""
     j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    total = _pair_sum(sums, j, width, ROWS, BLOCK)
+    total = tl.load(sums + j, j < width, 0.0)
     if KEEP:
         total = tl.load(out + j, j < width, 0.0) + total
-    for _ in range(1, grains):
-        sums += ROWS * width
-        total = total + _pair_sum(sums, j, width, ROWS, BLOCK)
+    for grain in range(1, grains):
+        total = total + tl.load(sums + grain * width + j, j < width, 0.0)
     tl.store(out + j, total, j < width)
 
 

@@ -1,8 +1,8 @@
 """The inner loop in exact arithmetic: what `training.run_segment` is for native numerics, and the same bits everywhere.
 
 A `Trainer` takes the fastest backend that passes a self-test on this device and thread: two steps of a tiny model whose
-hash is known. Where none passes, this machine is refused. Memory beside what native training needs: two bytes per
-parameter for the weights' limbs, and for activations about as much as native keeps.
+hash is known, and on a GPU one of a wide model. Where none passes, this machine is refused. Memory beside what native
+training needs: two bytes per parameter for the weights' limbs, and for activations about as much as native keeps.
 """
 
 from __future__ import annotations

@@ -29,12 +29,12 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int = 4, 
     """Run a kernel on the device of its first argument. Nothing is fused: neither LLVM nor ptxas may contract.
 
     Raises:
-        RuntimeError: the kernel cannot be compiled or loaded here.
+        RuntimeError: the kernel cannot be compiled or loaded here, or this Triton has other options.
     """
     try:
         with torch.cuda.device_of(arguments[0]):
             kernel[grid](*arguments, **constants, num_warps=warps, enable_fp_fusion=False)
-    except (TritonError, OSError, ImportError, subprocess.SubprocessError) as error:
+    except (TritonError, KeyError, OSError, ImportError, subprocess.SubprocessError) as error:
         raise RuntimeError(f"the kernel {kernel.__name__} does not run here: {error}") from error
 
 

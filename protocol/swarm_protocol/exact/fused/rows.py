@@ -1,7 +1,8 @@
 """What the kernels share: how they are launched, scalars, tiles of rows, and sums in the order of the rule.
 
-Float sums are trees that are written out, never `tl.sum`, whose order is Triton's own. Maxima and sums of integers may be
-`tl.reduce` or atomic. Rounding to whole numbers is an addition, so that no conversion's rounding mode matters.
+Float sums are written out as trees of sums of two; a longer reduction of floats would have Triton's own order. Maxima and
+sums of integers may be `tl.reduce` or atomic. Rounding to whole numbers is an addition, so that no conversion's rounding
+mode matters.
 """
 
 from __future__ import annotations

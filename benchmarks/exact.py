@@ -1,11 +1,15 @@
 """What exact training costs beside native training, whether its bits hold, and whether it learns as well.
 
     python benchmarks/exact.py [--json] [--quick] [--optimizer adamw|muon] [--threads N] [--profile]
+    python benchmarks/exact.py --device cuda [--json] [--quick] [--optimizer adamw|muon]
 
 Cost: medians of inner steps of 2,048 tokens, exact and native float32 in turns in one process, both on N threads. Bits: state
 hashes after 20 steps of a small model under other kernels, thread counts and micro-batches, and by the numpy reference.
 Loss: held-out loss after 500 steps on the Python standard library's sources, over 3 seeds, exact minus native, beside a
 control (native from initial weights off by 1e-3) and the spread of native's own seeds.
+
+With --device: what a step of 150 million parameters costs there, with every kind of products and passes and in native
+float32, beside native training with products in bfloat16; and hashes of the states, of which the exact ones must be equal.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ import sysconfig
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +34,9 @@ import numpy.typing as npt
 import torch
 
 from swarm_protocol import fingerprint, seeds, training
+from swarm_protocol.deviations import bfloat16_products
 from swarm_protocol.exact import Trainer, reference_step, segment, trusted_backend
-from swarm_protocol.exact.backend import Backend
+from swarm_protocol.exact.backend import Backend, candidates
 from swarm_protocol.model import llama
 from swarm_protocol.spec import ModelSpec, OptimizerSpec, RunSpec
 from swarm_protocol.training import Tokens, TrainState
@@ -44,6 +50,15 @@ WIDTHS = {
         hidden_size=1024, intermediate_size=2816, num_hidden_layers=2, num_attention_heads=16, num_key_value_heads=8
     ),
 }
+PARAMETERS_150M = ModelSpec(
+    vocab_size=32_000,
+    hidden_size=768,
+    intermediate_size=2048,
+    num_hidden_layers=20,
+    num_attention_heads=12,
+    num_key_value_heads=4,
+    max_position_embeddings=1024,
+)
 OPTIMIZERS = {"muon": OptimizerSpec(), "adamw": OptimizerSpec(name="adamw", lr=1e-3)}
 ENVIRONMENTS: dict[str, tuple[dict[str, str], dict[str, int]]] = {
     "as it comes": ({}, {}),
@@ -148,6 +163,32 @@ def profile(width: str, optimizer: OptimizerSpec, backend: Backend) -> dict[str,
     return shares | {"rest": round(1 - sum(spent.values()) / total, 3)}
 
 
+def device_costs(
+    device: str, model: ModelSpec, sequences: int, optimizer: OptimizerSpec, steps: int
+) -> dict[str, dict[str, Any]]:
+    """Median seconds of a step by arithmetic, and the hash of its last state."""
+    spec = spec_of(model, sequences, optimizer)
+    batch, start = windows(corpus()[0], spec, 0), TrainState.initial(spec, llama.initial_parameters(model, 0))
+    kinds: dict[str, tuple[Callable[[], Any], Any]] = {
+        "native, bfloat16 products": (lambda: training.Trainer(spec, device=device), bfloat16_products),
+        "native, float32": (lambda: training.Trainer(spec, device=device), nullcontext),
+    }
+    for one in candidates(device):
+        kinds[f"exact, {one.name}"] = (lambda one=one: Trainer(spec, device=device, backend=one)), nullcontext
+    found: dict[str, dict[str, Any]] = {}
+    for name, (make, context) in kinds.items():
+        with context():
+            try:
+                trainer = make()
+                end, seconds = step_seconds(trainer, start, batch, steps + 2)  # of which two warm up
+            except (RuntimeError, NotImplementedError) as error:
+                found[name] = {"error": str(error)}
+                continue
+        found[name] = {"seconds": float(statistics.median(seconds[1:])), "state": segment.hash_of_states(end)}
+        del trainer  # before the next one allocates
+    return found
+
+
 # --- Bits
 
 
@@ -232,6 +273,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="of native and of exact training, for the cost (1)")
     parser.add_argument("--cost-only", action="store_true", help="neither bits nor losses")
     parser.add_argument("--profile", action="store_true", help="also where an exact step's time goes")
+    parser.add_argument("--device", help="only the cost of 150 million parameters there")
     parser.add_argument("--state-hash", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.state_hash is not None:
@@ -240,6 +282,21 @@ def main() -> None:
 
     def say(text: str) -> None:
         print(text, flush=True)
+
+    if arguments.device is not None:
+        costs = device_costs(
+            arguments.device, PARAMETERS_150M, 8, OPTIMIZERS[arguments.optimizer], 3 if arguments.quick else 20
+        )
+        bfloat16 = costs["native, bfloat16 products"].get("seconds", float("nan"))
+        for name, one in costs.items():
+            say(
+                f"{name}: {one['error']}"
+                if "error" in one
+                else f"{name}: {one['seconds']:.4f} s a step, {one['seconds'] / bfloat16:.2f} times; {one['state'][:16]}"
+            )
+        if arguments.json:
+            print(json.dumps({"machine": fingerprint.runtime_fingerprint(arguments.device, 1), "costs": costs}))
+        return
 
     training.configure(arguments.threads)
     backend, optimizer = trusted_backend("cpu"), OPTIMIZERS[arguments.optimizer]

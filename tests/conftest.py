@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import settings
 
@@ -69,3 +73,55 @@ def run_spec() -> RunSpec:
         rounds=RoundsSpec(),
         audit=AuditSpec(),
     )
+
+
+_FUSED = "swarm_protocol.exact.fused"
+
+
+@pytest.fixture(scope="session")
+def fused_for_gpus() -> Any:
+    """A copy of `exact.fused` whose kernels are compiled."""
+    return _copy_of_fused(interpreted=False)
+
+
+@pytest.fixture(scope="session")
+def fused_interpreted() -> Iterator[Any]:
+    """A copy of `exact.fused` whose kernels are numpy, operation by operation, on the CPU."""
+    fused = _copy_of_fused(interpreted=True)
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+
+    def launch(*arguments: Any, **constants: Any) -> None:
+        with np.errstate(all="ignore"):
+            fused.rows.launch(*arguments, **constants)
+
+    def sum_of(reduction: Any, x: Any) -> Any:
+        """The interpreter's own sum starts from +0, and loses the sign of -0 + -0."""
+        data = np.moveaxis(x.handle.data, reduction.axis, 0)
+        if x.dtype.is_floating():
+            assert len(data) == 2, "a sum of floats whose order is not the rule's"
+            return reduction.to_tensor(data[0] + data[1], x.dtype)
+        return reduction.to_tensor(data.sum(axis=0), x.dtype)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "launch", launch)
+        patch.setattr(interpreter.ReduceOps, "sum", sum_of)
+        yield fused
+
+
+def _copy_of_fused(*, interpreted: bool) -> Any:
+    """A fresh import, since Triton decides at a kernel's definition whether it is interpreted."""
+    if not (os.environ.get("CI") and sys.platform == "linux" and os.uname().machine == "x86_64"):
+        pytest.importorskip("triton", reason="there is no Triton here")
+    importlib.import_module("triton")  # whose own functions are not interpreted
+
+    def forget() -> None:
+        for name in [name for name in sys.modules if name == _FUSED or name.startswith(f"{_FUSED}.")]:
+            del sys.modules[name]
+        vars(importlib.import_module("swarm_protocol.exact")).pop("fused", None)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", str(int(interpreted)))
+        forget()
+        fused = importlib.import_module(_FUSED)
+        forget()
+    return fused

@@ -95,7 +95,9 @@ class Measured:
     def describe(self, traffic: Traffic, control: Traffic) -> dict[str, Any]:
         """For JSON: latencies, counts, and bytes by plane and by peer; `control` is what the coordinator's client counts."""
         return {
-            **{name: getattr(self, name).describe() for name in ("delivery", "inputs", "reduction", "fetch", "waiting")},
+            **{
+                name: getattr(self, name).describe() for name in ("delivery", "inputs", "reduction", "fetch", "waiting")
+            },
             "upload_bytes_per_s": self.upload_bytes_per_s,
             "receipts": self.receipts,
             "delivery_retries": self.delivery_retries,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Iterator
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -11,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from swarm_protocol.exact import Trainer, eager, segment
+from swarm_protocol.exact import Trainer, backend, eager, segment
 from swarm_protocol.exact.backend import Backend
+from swarm_protocol.exact.passes import Passes
 from swarm_protocol.exact.products import Multiply, multiply_float, multiply_int8, padded_for_cuda
 from swarm_protocol.spec import OptimizerSpec, RunSpec
 from swarm_protocol.training import Tokens
@@ -85,6 +89,55 @@ def test_products_padded_for_a_gpu_train_to_the_same_bits() -> None:
         out.copy_(torch._int_mm(rows, columns)[: len(a), : b.shape[1]])
 
     assert segment.self_test_hash(Backend(multiply_padded, eager), "cpu") == segment.SELF_TEST_HASH
+
+
+@pytest.mark.parametrize("name", ["eager", "compiled"])
+def test_what_a_gpu_is_asked_of_a_wide_model_is_what_cpus_give(name: str) -> None:
+    if name == "compiled":
+        pytest.importorskip("numba", reason="numba is optional")
+    passes = cast(Passes, importlib.import_module(f"swarm_protocol.exact.{name}"))
+    assert segment.wide_hash(Backend(multiply_int8, passes), "cpu") == segment.WIDE_HASH
+
+
+@pytest.mark.parametrize(
+    ("cuda", "expected"), [("13.0", ["triton", "triton", "torch", "torch"]), (None, ["torch", "torch"])]
+)
+def test_triton_comes_first_on_nvidias_gpus(
+    monkeypatch: pytest.MonkeyPatch, cuda: str | None, expected: list[str]
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(backend, "_seconds", lambda _kind, _device: 0.0)
+    monkeypatch.setitem(sys.modules, "swarm_protocol.exact.fused", None)
+    assert [one.passes.name for one in backend.candidates("cuda")] == ["torch", "torch"]
+    fused = SimpleNamespace(name="triton")
+    monkeypatch.setitem(sys.modules, "swarm_protocol.exact.fused", fused)
+    monkeypatch.setattr("swarm_protocol.exact.fused", fused, raising=False)
+    assert [one.passes.name for one in backend.candidates("cuda:1")] == expected
+    assert "triton" not in [one.passes.name for one in backend.candidates("cpu")]
+
+
+def _cannot_run(*_arguments: object) -> None:
+    raise RuntimeError("the kernel limbs does not run here")
+
+
+def _off_by_one_bit(x: Tensor, planes: Tensor, e: Tensor, status: Tensor) -> None:
+    eager.limbs(x, planes, e, status)
+    planes[-1, 0, 0] ^= 1
+
+
+@pytest.mark.parametrize("limbs", [_cannot_run, _off_by_one_bit])
+def test_kernels_that_do_not_run_or_differ_give_way_to_torch(monkeypatch: pytest.MonkeyPatch, limbs: Any) -> None:
+    wrong = SimpleNamespace(**vars(eager) | {"name": "wrong", "limbs": limbs})
+    both = [Backend(multiply_int8, cast(Passes, wrong)), Backend(multiply_int8, eager)]
+    monkeypatch.setattr(segment, "candidates", lambda _device: iter(both))
+    assert segment._passes_self_test("cpu", 1) is both[1]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_every_backend_of_a_gpu_passes_the_self_test() -> None:
+    for one in backend.candidates("cuda"):
+        assert segment.self_test_hash(one, "cuda") == segment.SELF_TEST_HASH, one.name
+        assert segment.wide_hash(one, "cuda") == segment.WIDE_HASH, one.name
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -43,9 +43,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="module", params=["eager", "compiled", "compiled, 3 threads"])
+@pytest.fixture(scope="module", params=["eager", "compiled", "compiled, 3 threads", "fused"])
 def passes(request: pytest.FixtureRequest) -> Iterator[Passes]:
     name, _, threads = request.param.partition(", ")
+    if name == "fused":
+        yield cast(Passes, request.getfixturevalue("fused_interpreted"))
+        return
     if name == "compiled":
         pytest.importorskip("numba", reason="numba is optional")
     with pytest.MonkeyPatch.context() as patch:

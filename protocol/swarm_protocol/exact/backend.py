@@ -30,8 +30,9 @@ class Backend:
 def candidates(device: str) -> Iterator[Backend]:
     """What could compute on `device`, the fastest first."""
     kinds: list[Passes] = [eager]
-    if torch.device(device).type == "cpu" and (compiled := _compiled()) is not None:
-        kinds.insert(0, compiled)
+    own = {"cpu": _compiled, "cuda": _fused}.get(torch.device(device).type, lambda: None)()
+    if own is not None:
+        kinds.insert(0, own)
     for passes in kinds:
         for multiply in sorted((multiply_int8, multiply_float), key=lambda kind: _seconds(kind, device)):
             yield Backend(multiply, passes)
@@ -58,6 +59,17 @@ def _compiled() -> Passes | None:
     except ImportError:
         return None
     return compiled
+
+
+def _fused() -> Passes | None:
+    """The Triton kernels where Triton is installed, as it is with torch's builds for NVIDIA's GPUs."""
+    if torch.version.cuda is None:  # on others "cuda" is AMD's, for which nobody has read the machine code
+        return None
+    try:
+        from swarm_protocol.exact import fused
+    except ImportError:
+        return None
+    return fused
 
 
 def _seconds(multiply: Multiply, device: str) -> float:

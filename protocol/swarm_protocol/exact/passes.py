@@ -1,6 +1,6 @@
-"""What happens between products of limbs: the interface of `eager` (torch operations) and `compiled` (numba).
+"""What happens between products of limbs: the interface of `eager` (torch), `compiled` (numba) and `fused` (Triton).
 
-Both modules implement these functions with the same bits; docs/numerics.md defines them. Everything is written into
+All three implement these functions with the same bits; docs/numerics.md defines them. Everything is written into
 tensors that the caller owns. Integer exponents are int32, limbs int8, other numbers float32, all contiguous.
 
 Shapes: T tokens of the micro-batch, L limbs, P products of limbs (4 for two limbs, 9 for three), S positions, H head size,

@@ -1,8 +1,8 @@
 """The inner loop in exact arithmetic: what `training.run_segment` is for native numerics, and the same bits everywhere.
 
 A `Trainer` takes the fastest backend that passes a self-test on this device and thread: two steps of a tiny model whose
-hash is known. Where none passes, this machine is refused. Memory beside what native training needs: two bytes per
-parameter for the weights' limbs, and for activations about as much as native keeps.
+hash is known, and on a GPU one of a wide model. Where none passes, this machine is refused. Memory beside what native
+training needs: two bytes per parameter for the weights' limbs, and for activations about as much as native keeps.
 """
 
 from __future__ import annotations
@@ -201,6 +201,9 @@ _TORCH_GRAIN = 1 << 15
 SELF_TEST_HASH = "b56c4c25eecf45e49b66ef1e4c29fb888363ae3ba463dbaf58a107f7d7f94d90"
 """What `self_test_hash` gives on every correct machine; tests hold it against the reference."""
 
+WIDE_HASH = "6d9182ed852554d6215e51861335560853330dc6efe220ebd0d788a473661b7f"
+"""What `wide_hash` gives: a GPU is asked too, because its kernels for wide matrices are not those of the tiny model's."""
+
 
 def trusted_backend(device: str) -> Backend:
     """The fastest backend that computes right on `device`, in this thread and torch's own: rounding modes belong to threads.
@@ -221,7 +224,11 @@ _of_this_thread = threading.local()  # not a table by thread number, which the n
 def _passes_self_test(device: str, threads: int) -> Backend:
     for backend in candidates(device) if every_thread_rounds(threads) else ():
         try:
-            if multiplies_exactly(backend.multiply, device) and self_test_hash(backend, device) == SELF_TEST_HASH:
+            if (
+                multiplies_exactly(backend.multiply, device)
+                and self_test_hash(backend, device) == SELF_TEST_HASH
+                and (torch.device(device).type == "cpu" or wide_hash(backend, device) == WIDE_HASH)
+            ):
                 return backend
         except (RuntimeError, NotImplementedError):  # a kernel that this device lacks
             continue
@@ -252,6 +259,24 @@ def self_test_hash(backend: Backend, device: str) -> str:
     first = trainer.run(self_test_state(spec), self_test_batch, 1)
     second = trainer.run(first, self_test_batch, 2)
     return hash_of_states(first, second)
+
+
+def wide_hash(backend: Backend, device: str) -> str:
+    """The hash of a model of one wide layer after a step, with sizes that are no powers of two."""
+    model = ModelSpec(
+        vocab_size=5003,
+        hidden_size=640,
+        intermediate_size=1736,
+        num_hidden_layers=1,
+        num_attention_heads=10,
+        num_key_value_heads=5,
+        max_position_embeddings=160,
+    )
+    spec = self_test_spec().model_copy(update={"model": model})
+    trainer = Trainer(spec, device=device, grain_sequences=2, backend=backend)
+    tokens = np.arange(3 * 161, dtype=np.int64).reshape(3, 161) * 37 % model.vocab_size
+    start = TrainState.initial(spec, llama.initial_parameters(model, 0))
+    return hash_of_states(trainer.run(start, lambda _: tokens, 1))
 
 
 def hash_of_states(*states: TrainState) -> str:

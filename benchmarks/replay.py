@@ -72,6 +72,12 @@ UNSERVED = {Kind.REFUSES_EVIDENCE, Kind.FORGED_EVIDENCE, Kind.LYING_REDUCER}
 """Kinds whose training is honest: what they do, they do on the network."""
 
 SLIGHT = {Kind(name) for name in deviations.SLIGHT}
+UNPROMISED = {
+    "float32": SLIGHT,
+    "bfloat16": {*SLIGHT, Kind.LEARNING_RATE, Kind.FLIPPED_BIT, Kind.SCALED},
+    "exact": set(),
+}
+"""Kinds that are too near to honest noise for an audit to tell, by mode."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +104,11 @@ MODES = ("float32", "bfloat16", "exact")
 SIZES = {"float32": (26, 13), "bfloat16": (6, 4), "exact": (26, 13)}
 """Honest contributions per runtime, and cheating ones per kind."""
 
-BOUNDS = {"bfloat16": (3e-2, 8e-2)}
-"""Accept and reject where they are not the spec's defaults."""
+BOUNDS = {"bfloat16": (0.12, 0.36)}
+"""Accept and reject where they are not the spec's: twice the worst that honest work was measured at, and three times that."""
+
+COSTS = 7
+"""Contributions of which each is made and audited, for the cost."""
 
 
 def spec_model() -> ModelSpec:
@@ -222,10 +231,27 @@ class Worker:
             note = json.loads(path.read_text())
             if self.name != AUDITORS[0] and note["kind"] != "honest" and note["number"] >= ALONE:
                 continue
-            found.append(note | {"auditor": self.name} | self._audited(path.parent, note))
+            alone = (
+                self.name == AUDITORS[0]
+                and note["number"] < ALONE
+                and (note["kind"] != "honest" or note["runtime"] == self.name)
+            )
+            found.append(note | {"auditor": self.name} | self._audited(path.parent, note, alone=alone))
         return found
 
-    def _audited(self, where: Path, note: dict[str, Any]) -> dict[str, Any]:
+    def cost(self) -> dict[str, float]:
+        """What an audit takes beside making the contribution, one after the other in this process: medians of the ratios."""
+        whole, one = [], []
+        for number in range(9000, 9001 + COSTS):
+            self.make(None, [number])
+            (path,) = (self.folder / self.mode).glob(f"honest-{self.name}-{number}/*/note.json")
+            note = json.loads(path.read_text())
+            found = self._audited(path.parent, note, alone=True)
+            whole.append(found["whole_s"] / note["seconds"])
+            one.append(found["one_s"] / note["seconds"])
+        return {"whole": statistics.median(whole[1:]), "one_segment": statistics.median(one[1:])}  # the first warms up
+
+    def _audited(self, where: Path, note: dict[str, Any], *, alone: bool) -> dict[str, Any]:
         plan = plan_of(self.spec, note["base"], note["number"])
         contribution = contributions.load(self.spec, where)
         assert contribution is not None
@@ -256,15 +282,10 @@ class Worker:
 
         finding, whole_s = examine(everything, None if self.mode == "exact" else claims)
         one_s = None
-        alone: dict[int, str] = {}
-        if (
-            self.name == AUDITORS[0]
-            and note["number"] < ALONE
-            and (note["kind"] != "honest" or note["runtime"] == self.name)
-        ):
-            for index in everything:
-                single, one_s = examine([index], claims)
-                alone[index] = single.judgement.outcome.value
+        by_segment: dict[int, str] = {}
+        for index in everything if alone else ():
+            single, one_s = examine([index], claims)
+            by_segment[index] = single.judgement.outcome.value
         return {
             "outcome": finding.judgement.outcome.value,
             "reason": finding.judgement.reason,
@@ -273,7 +294,7 @@ class Worker:
                 for index, compared in finding.compared.items()
             },
             "equal": all(compared.comparison == "equal" for compared in finding.compared.values()),
-            "alone": alone,
+            "alone": by_segment,
             "whole_s": whole_s,
             "one_s": one_s,
         }
@@ -322,8 +343,7 @@ def summary(found: list[dict[str, Any]], mode: str) -> dict[str, Any]:
         }
     honest = kinds["honest"]
     cheats = {kind: row for kind, row in rows.items() if kind != "honest"}
-    promised = {k: row for k, row in cheats.items() if mode == "exact" or k not in SLIGHT}
-    timed = [one for one in honest if one["one_s"] is not None and one["runtime"] == one["auditor"]]
+    promised = {k: row for k, row in cheats.items() if k not in UNPROMISED[mode]}
     result: dict[str, Any] = {
         "kinds": rows,
         "honest_contributions": rows["honest"]["contributions"],
@@ -335,8 +355,6 @@ def summary(found: list[dict[str, Any]], mode: str) -> dict[str, Any]:
             for kind, row in promised.items()
             if row["outcomes"] != {"rejected": row["audits"]} or row["segments_caught"] != row["segment_audits"]
         ),
-        "cost_whole": statistics.median(one["whole_s"] / one["seconds"] for one in timed),
-        "cost_one_segment": statistics.median(one["one_s"] / one["seconds"] for one in timed),
     }
     if mode == "exact":
         result["honest_equal"] = rows["honest"]["equal"] == rows["honest"]["audits"]
@@ -368,8 +386,7 @@ def show(mode: str, result: dict[str, Any], say: Callable[[str], None]) -> None:
         say(f"{'':{len(mode) + 2}}{kind:22} {row['contributions']:5} {shown}  {caught}{outcomes}")
     say(
         f"false accusations {result['false_accusations']}, honest not accepted {result['honest_not_accepted']}, "
-        f"not caught {result['not_caught'] or 'none'}; an audit costs {result['cost_one_segment']:.0%} of the contribution "
-        f"for one segment of three, {result['cost_whole']:.0%} whole"
+        f"not caught {result['not_caught'] or 'none'}"
     )
     if "margin_orders" in result:
         mildest = result["mildest_cheat"]
@@ -415,14 +432,16 @@ def work(folder: Path, runtime: str, **task: Any) -> Any:
 
 
 def worker(
-    folder: str, runtime: str, make: dict[str, list[tuple[str | None, int]]], audits: list[str]
+    folder: str, runtime: str, make: dict[str, list[tuple[str | None, int]]], audits: list[str], costs: list[str]
 ) -> dict[str, Any]:
-    """The other side of `work`: make what is asked for, by mode, and audit these modes."""
+    """The other side of `work`: make what is asked for, by mode, audit these modes, and measure the cost in those."""
     for mode, wanted in make.items():
         one = Worker(Path(folder), mode, runtime)
         for kind, count in wanted:
             one.make(None if kind is None else Kind(kind), range(count))
-    return {mode: Worker(Path(folder), mode, runtime).audit() for mode in audits}
+    return {mode: Worker(Path(folder), mode, runtime).audit() for mode in audits} | {
+        f"{mode} cost": Worker(Path(folder), mode, runtime).cost() for mode in costs
+    }
 
 
 def main() -> None:
@@ -430,6 +449,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     parser.add_argument("--quick", action="store_true", help="two of each kind")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
+    parser.add_argument("--cost-only", action="store_true", help="only what an audit costs")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker is not None:
@@ -453,7 +473,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="swarm-replay-") as name:
         folder = Path(name)
         prepare(folder)
-        for runtime in RUNTIMES:
+        audited = [] if arguments.cost_only else list(arguments.modes)
+        for runtime in RUNTIMES if audited else ():
             make: dict[str, list[tuple[str | None, int]]] = {}
             for mode in arguments.modes:
                 per_runtime, per_kind = sizes[mode]
@@ -461,11 +482,19 @@ def main() -> None:
                 if runtime == AUDITORS[0]:
                     left_out = {Kind.LOW_PRECISION} if mode == "bfloat16" else set()
                     make[mode] += [(kind.value, per_kind) for kind in kinds if kind not in left_out]
-            work(folder, runtime, make=make, audits=[])
-        found = [work(folder, auditor, make={}, audits=list(arguments.modes)) for auditor in AUDITORS]
+            work(folder, runtime, make=make, audits=[], costs=[])
+        found = [work(folder, auditor, make={}, audits=audited, costs=[]) for auditor in AUDITORS]
+        costs = work(folder, AUDITORS[0], make={}, audits=[], costs=list(arguments.modes))
         for mode in arguments.modes:
-            result[mode] = summary([audit for one in found for audit in one[mode]], mode)
-            show(mode, result[mode], say)
+            result[mode] = {"cost": costs[f"{mode} cost"]}
+            if audited:
+                result[mode] |= summary([audit for one in found for audit in one[mode]], mode)
+                show(mode, result[mode], say)
+            cost = result[mode]["cost"]
+            say(
+                f"{mode}: an audit costs {cost['one_segment']:.0%} of the contribution for one segment of three, "
+                f"{cost['whole']:.0%} whole"
+            )
     result["wall_s"] = round(time.monotonic() - started, 1)
     if arguments.json:
         print(json.dumps(result))

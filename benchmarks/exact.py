@@ -241,8 +241,8 @@ def hashes() -> Iterator[tuple[str, str]]:
 # --- Loss
 
 
-def losses(optimizer: OptimizerSpec, steps: int, seed: int, backend: Backend) -> dict[str, float]:
-    """Held-out loss in nats per byte, by numerics.
+def losses(optimizer: OptimizerSpec, marks: list[int], seed: int, backend: Backend) -> dict[str, list[float]]:
+    """Held-out loss in nats per byte after these many steps, by numerics.
 
     The control is native from initial weights that are off by 1e-3 of each: how far apart two runs end that differ in nothing
     that matters.
@@ -260,9 +260,20 @@ def losses(optimizer: OptimizerSpec, steps: int, seed: int, backend: Backend) ->
         ("control", training.Trainer(spec), nudged),
         ("exact", Trainer(spec, backend=backend), state),
     ):
-        end = trainer.run(start, windows(train, spec, seed), steps)
-        found[name] = training.evaluate(spec, end.parameters, evaluation)
+        found[name] = []
+        for stop in marks:
+            start = trainer.run(start, windows(train, spec, seed), stop)
+            found[name].append(training.evaluate(spec, start.parameters, evaluation))
     return found
+
+
+def long_run(optimizer: OptimizerSpec, steps: int, backend: Backend, say: Callable[[str], None]) -> dict[str, Any]:
+    """One seed, for many steps: whether exact training drifts away from native."""
+    marks = [steps * eighth // 8 for eighth in range(1, 9)]
+    found = losses(optimizer, marks, 0, backend)
+    for place, mark in enumerate(marks):
+        say(f"after {mark:6} steps: " + ", ".join(f"{name} {values[place]:.4f}" for name, values in found.items()))
+    return {"steps": marks, "loss": found}
 
 
 def main() -> None:
@@ -273,6 +284,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="of native and of exact training, for the cost (1)")
     parser.add_argument("--cost-only", action="store_true", help="neither bits nor losses")
     parser.add_argument("--profile", action="store_true", help="also where an exact step's time goes")
+    parser.add_argument("--long", type=int, metavar="STEPS", help="only the losses of one run of so many steps")
     parser.add_argument("--device", help="only the cost of 150 million parameters there")
     parser.add_argument("--state-hash", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -309,6 +321,11 @@ def main() -> None:
         "optimizer": arguments.optimizer,
     }
     say(f"{result['machine']}\n{backend.name}, {arguments.optimizer}, {arguments.threads} threads")
+    if arguments.long is not None:
+        result |= long_run(optimizer, arguments.long, backend, say)
+        if arguments.json:
+            print(json.dumps(result))
+        return
     costs = {}
     for width in WIDTHS:
         costs[width] = cost(width, optimizer, 2 if arguments.quick else 5, backend)
@@ -330,8 +347,8 @@ def main() -> None:
     result |= {"bit_equal": len(set(found.values())) == 1, "environments": list(found)}
     say("all states equal" if result["bit_equal"] else "STATES DIFFER")
     steps, runs = (60, 1) if arguments.quick else (500, 3)
-    by_seed = [losses(optimizer, steps, seed, backend) for seed in range(runs)]
-    native, control, exact = ([one[name] for one in by_seed] for name in ("native", "control", "exact"))
+    by_seed = [losses(optimizer, [steps], seed, backend) for seed in range(runs)]
+    native, control, exact = ([one[name][-1] for one in by_seed] for name in ("native", "control", "exact"))
     result |= {
         "loss": {"native": native, "control": control, "exact": exact},
         "loss_gap": round(statistics.mean(exact) - statistics.mean(native), 5),

@@ -102,18 +102,19 @@ class Channel:
             OSError, EOFError: the connection broke, or was closed before.
             TimeoutError
         """
-        while view:
-            try:
+        # With a timeout a read waits without Python's lock, and without an exception for every wait.
+        self._socket.settimeout(max(0.001, deadline - time.monotonic()))
+        try:
+            while view:
                 count = self._socket.recv_into(view)
-            except ssl.SSLWantReadError:
-                self._wait(select.POLLIN, deadline)
-                continue
-            except ssl.SSLWantWriteError:
-                self._wait(select.POLLOUT, deadline)
-                continue
-            if count == 0:
-                raise EOFError("the connection was closed")
-            view = view[count:]
+                if count == 0:
+                    raise EOFError("the connection was closed")
+                view = view[count:]
+                if view and time.monotonic() > deadline:
+                    raise TimeoutError("timed out")
+        finally:
+            with contextlib.suppress(OSError):
+                self._socket.setblocking(False)
 
     def receive(self, size_bytes: int, deadline: float) -> bytearray:
         """The next `size_bytes`; raises like `receive_into`."""

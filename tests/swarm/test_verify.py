@@ -45,6 +45,15 @@ def test_an_exact_run_is_verified_by_anyone_and_a_cheat_is_seen_by_all(start_run
     outcomes = {one["name"]: one["outcome"] for one in replayed(everybody)}
     assert outcomes == {"a": "accepted", "b": "accepted", "c": "rejected"}
 
+    draws = verify("draws", run.url, "--json")
+    assert draws.returncode == 0, draws.stdout + draws.stderr
+    found = json.loads(draws.stdout.splitlines()[-1])
+    assert found["agree"]
+    assert [one["round"] for one in found["rounds"]] == [0, 1]
+    outcomes_of = {one["slot"]: one["outcome"] for one in found["rounds"][0]["contributions"]}
+    assert outcomes_of[slots["a"]] == outcomes_of[slots["b"]] == "accepted"
+    assert outcomes_of[slots["c"]] in ("rejected", "moot")
+
     traces = [tmp_path / name for name in ("one.trace", "two.trace")]
     for path, capability in zip(traces, ("default", "avx2"), strict=True):
         traced = verify(

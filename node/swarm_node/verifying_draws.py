@@ -62,8 +62,8 @@ async def compare(client: CoordinatorClient, say: Callable[[str], None]) -> dict
         number += 1
     for difference in differences:
         say(f"DIFFERENT: {difference}")
-    verdict = f"{len(differences)} differences" if differences else "the coordinator says the same"
-    say(f"{history.log.size} records, {number} rounds: {verdict}.")
+    verdict = f"{len(differences)} different" if differences else "the coordinator says the same"
+    say(f"records in the log: {history.log.size}, rounds: {number}; {verdict}.")
     return check.found(differences)
 
 
@@ -110,8 +110,7 @@ class Check:
         differences = []
         for field, averages in (("audits", False), ("part_audits", True)):
             counts = self._counts(averages=averages)
-            said = {name: status[field][name] for name in ("drawn", *OUTCOMES)}
-            differences += _different(f"{field} in the status", said, counts)
+            differences += _different(f"{field} in the status", status[field], counts)
         known = {peer_id(key): account for key, account in self.history.accounts.items()}
         pending = Counter(peer_id(one.peer) for _, one in self._audits() if one.outcome is None)
         said_of = {str(node["peer"]): node for node in status["nodes"]}
@@ -125,7 +124,7 @@ class Check:
                 "pending_audits": pending[peer],
                 "probation": account.vouched_tokens // spec.standard_tokens < spec.audit.probation,
             }
-            differences += _different(peer, {name: said_of[peer][name] for name in follows}, follows)
+            differences += _different(peer, said_of[peer], follows)
         return differences
 
     async def round(self, number: int) -> list[str]:
@@ -137,10 +136,12 @@ class Check:
         for slot, seat in enumerate(roster):
             audit = audits.get((slot, None))
             said = _only(detail["roster"], slot=slot)
-            follows = [peer_id(seat.peer), _outcome(audit), None if audit is None else list(audit.segments)]
-            differences += _different(
-                f"round {number}, slot {slot}", said and [said["peer"], said["audit"], said["segments"]], follows
-            )
+            follows = {
+                "peer": peer_id(seat.peer),
+                "audit": _outcome(audit),
+                "segments": None if audit is None else list(audit.segments),
+            }
+            differences += _different(f"round {number}, slot {slot}", said, follows)
         averages = {(one["reducer"], one["part"]): one["audit"] for one in detail["part_records"]}
         drawn = {(slot, part): one for (slot, part), one in audits.items() if part is not None}
         for (slot, part), one in drawn.items():
@@ -211,6 +212,10 @@ def _only(items: list[dict[str, Any]], **which: object) -> dict[str, Any] | None
 
 
 def _different(what: str, said: object, follows: object) -> list[str]:
+    """A sentence where something else is said than follows; of what has names, only those that differ."""
+    if isinstance(said, dict) and isinstance(follows, dict):
+        follows = {name: value for name, value in follows.items() if said.get(name) != value}
+        said = {name: said.get(name) for name in follows}
     if said == follows:
         return []
     return [f"{what}: the coordinator says {said}, from the log follows {follows}"]

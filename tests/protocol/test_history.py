@@ -344,7 +344,7 @@ def test_who_looks_at_a_coordinator_from_outside_finds_the_same(stage: Stage) ->
     assert [one["round"] for one in found["rounds"]] == [0, 1, 2]
     assert {"slot": 1, "segments": [0, 1], "outcome": "accepted"} in found["rounds"][0]["contributions"]
     assert lines[0].startswith("round    0    5 slots  drawn slots: 0 (segments 0,1) accepted; 1 ")
-    assert lines[-1].endswith("3 rounds: the coordinator says the same.")
+    assert lines[-1].endswith("rounds: 3; the coordinator says the same.")
 
 
 @pytest.mark.parametrize(

@@ -181,6 +181,17 @@ def verify_bisect(
     raise typer.Exit(verifying.bisect(a, b))
 
 
+@verify_app.command("draws")
+def verify_draws(
+    url: Annotated[str, typer.Argument(help="The coordinator's address.")],
+    as_json: Annotated[bool, typer.Option("--json", help="End with one JSON object on stdout.")] = False,
+) -> None:
+    """Repeat every draw and every outcome from the log alone. Exit code 0 only if the coordinator says the same."""
+    from swarm_node import verifying_draws
+
+    raise typer.Exit(verifying_draws.verify(url, as_json=as_json))
+
+
 @app.command()
 def version() -> None:
     """Print the version of the software and of the protocol."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -53,6 +53,7 @@ TIMEOUT_S = 20.0
 MAX_LIST_BYTES = 64 << 20
 MAX_JSON_BYTES = 16 << 20
 MAX_CHUNK_BYTES = 1 << 28
+MAX_ENTRIES_BYTES = 16 << 20
 
 T = TypeVar("T")
 
@@ -300,6 +301,30 @@ class CoordinatorClient:
         )
         audits = _json(response)
         return audits if isinstance(audits, list) else []
+
+    async def log_head(self) -> tuple[int, bytes]:
+        """Size and root of the transparency log."""
+        value = _json(await self._call("GET", "/log/head", MAX_JSON_BYTES))
+        try:
+            size, root = int(value["size"]), bytes.fromhex(value["root"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise InvalidDataError("the coordinator's log head is not a size and a root") from error
+        return size, root
+
+    async def log(self, first: int, size: int) -> AsyncIterator[Envelope]:
+        """The log's records in leaf order, from leaf `first` to the end of a log of `size`, asked for as they are taken.
+
+        Whoever needs them checks their signatures, and the root (see `history`).
+        """
+        while first < size:
+            params = {"start": first}
+            raw = (await self._call("GET", "/log/entries", MAX_ENTRIES_BYTES, params=params)).content
+            envelopes = decode_list(raw, max_bytes=MAX_ENTRIES_BYTES)
+            if not envelopes:
+                raise InvalidDataError(f"the coordinator has no leaf {first} of a log of {size}")
+            for envelope in envelopes[: size - first]:
+                yield envelope
+            first += len(envelopes)
 
     async def latest_checkpoint(self) -> tuple[int, bytes]:
         """The newest sealed checkpoint: the round that starts from it, and its root."""

@@ -27,7 +27,7 @@ from swarm_protocol.errors import (
     UnreachableError,
 )
 from swarm_protocol.identity import Identity
-from swarm_protocol.records import Envelope, PartHeld
+from swarm_protocol.records import Envelope, PartHeld, encode_list
 from swarm_protocol.spec import (
     AuditSpec,
     DataSpec,
@@ -319,6 +319,27 @@ def test_the_status_and_a_receipt_are_objects(server: FakeCoordinator) -> None:
         server.answers("/records", body)
         with pytest.raises(InvalidDataError):
             connected(server, lambda client: client.post(POSTED))
+
+
+def test_a_log_that_ends_before_its_size_is_no_log(server: FakeCoordinator) -> None:
+    async def leaves(client: CoordinatorClient) -> list[Envelope]:
+        return [envelope async for envelope in client.log(2, 4)]
+
+    server.answers("/log/entries", encode_list([POSTED]))
+    assert connected(server, leaves) == [POSTED, POSTED]
+    assert [path.partition("?")[2] for path in server.asked if "/log/" in path] == ["start=2", "start=3"]
+    server.answers("/log/entries", encode_list([POSTED] * 9))
+    assert connected(server, leaves) == [POSTED, POSTED]
+    server.answers("/log/entries", encode_list([]))
+    with pytest.raises(InvalidDataError, match="no leaf 2 of a log of 4"):
+        connected(server, leaves)
+
+
+@pytest.mark.parametrize("body", [b"[]", b'{"size": 1}', b'{"size": "x", "root": ""}', b'{"size": 1, "root": "zz"}'])
+def test_a_log_head_is_a_size_and_a_root(server: FakeCoordinator, body: bytes) -> None:
+    server.answers("/log/head", body)
+    with pytest.raises(InvalidDataError):
+        connected(server, CoordinatorClient.log_head)
 
 
 def test_a_record_is_posted_with_its_bytes_and_the_token(server: FakeCoordinator) -> None:

@@ -27,6 +27,15 @@ def replayed(done: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
     return found
 
 
+def drawn(run: Any) -> dict[str, Any]:
+    """What follows from the log of a run that is over; the coordinator says the same."""
+    done = verify("draws", run.url, "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    assert [one["drawn"] for one in found["rounds"]] == [True] * run.status()["rounds"]
+    return found
+
+
 def test_an_exact_run_is_verified_by_anyone_and_a_cheat_is_seen_by_all(start_run: Start, tmp_path: Path) -> None:
     run = start_run(numerics="exact", rounds=2, min_nodes=3)
     run.serve()
@@ -44,6 +53,10 @@ def test_an_exact_run_is_verified_by_anyone_and_a_cheat_is_seen_by_all(start_run
     assert everybody.returncode == 1
     outcomes = {one["name"]: one["outcome"] for one in replayed(everybody)}
     assert outcomes == {"a": "accepted", "b": "accepted", "c": "rejected"}
+
+    audited = {one["slot"]: one["outcome"] for one in drawn(run)["rounds"][0]["contributions"]}
+    assert audited == {slots["a"]: "accepted", slots["b"]: "accepted", slots["c"]: audited[slots["c"]]}
+    assert audited[slots["c"]] in ("rejected", "moot")
 
     traces = [tmp_path / name for name in ("one.trace", "two.trace")]
     for path, capability in zip(traces, ("default", "avx2"), strict=True):
@@ -64,6 +77,7 @@ def test_a_native_run_is_verified_while_its_nodes_keep_their_states(start_run: S
         run.join(name)
     run.ends()
     found = verify("run", run.url, "--sample", 2, "--json", "--threads", 1)
+    assert drawn(run)["agree"]
     # The nodes are gone: equal bits are all that could vouch for them, and on this machine they are equal.
     assert found.returncode == 0, found.stdout + found.stderr
     assert {one["outcome"] for one in replayed(found)} == {"accepted"}

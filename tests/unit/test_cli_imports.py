@@ -34,6 +34,8 @@ def run(*arguments: str) -> str:
         "swarm_node.joining",
         "swarm_node.cheats",
         "swarm_protocol.tolerances",
+        "swarm_protocol.history",
+        "swarm_node.verifying_draws",
     ],
 )
 def test_importing_it_loads_nothing_slow(module: str) -> None:

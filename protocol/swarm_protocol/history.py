@@ -1,0 +1,204 @@
+"""The run as its log tells it: every draw, what became of it, and everybody's account. Pure, no I/O.
+
+`History` takes the log's records in leaf order and does again what the coordinator did with each: it keeps the accounts,
+repeats the draws from them, and resolves audits by the verdicts. What it computes follows from the log alone, so that
+anybody can say who had to be audited. It does not show that others see the same log, nor that nothing was kept out of it
+before it was acknowledged. Credit is not computed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from swarm_protocol.equivocation import proved_by
+from swarm_protocol.errors import InvalidDataError, SignatureError
+from swarm_protocol.identity import peer_id
+from swarm_protocol.log import Log, leaf_hash
+from swarm_protocol.policy import Account, acceptances_needed, reduction_ruling, resolve, ruling
+from swarm_protocol.records import (
+    Appointment,
+    BeaconReveal,
+    Commitment,
+    CommitmentSet,
+    Envelope,
+    Equivocation,
+    Evaluation,
+    NonceOpening,
+    PartRecord,
+    PartVerdict,
+    Record,
+    Registration,
+    Role,
+    RoundManifest,
+    RoundPlan,
+    SketchSet,
+    Verdict,
+)
+from swarm_protocol.round_history import Moot, Round
+from swarm_protocol.spec import RunSpec
+
+
+class History:
+    """`add` the log's records in order. `rounds` are those planned so far, `accounts` those of the registered identities."""
+
+    def __init__(self, spec: RunSpec) -> None:
+        self.spec = spec
+        self.log = Log()
+        self.rounds: list[Round] = []
+        self.accounts: dict[bytes, Account] = {}
+        self._coordinator = bytes.fromhex(spec.coordinator)
+        self._offices: set[tuple[Role, bytes]] = set()
+        self._names: set[tuple[str, int, int, bytes]] = set()
+
+    def account(self, key: bytes) -> Account:
+        """What the log says of an identity; an empty account for one that it does not know."""
+        return self.accounts.get(key, Account())
+
+    def auditors(self) -> set[bytes]:
+        """The keys that hold the auditor's office by now."""
+        return {key for role, key in self._offices if role is Role.AUDITOR}
+
+    def add(self, envelope: Envelope) -> None:
+        """Take the log's next record.
+
+        Raises:
+            InvalidDataError: the log contradicts itself, or the spec; says at which leaf, and how. The history ends there.
+        """
+        try:
+            record = envelope.open()
+            name = (record.kind, record.round, record.sequence, envelope.key)
+            if record.run != self.spec.run_id:
+                raise InvalidDataError(f"a {record.kind} of another run")
+            if name in self._names:
+                raise InvalidDataError(
+                    f"a second {record.kind} of round {record.round}, sequence {record.sequence}, by {envelope.peer}"
+                )
+            self._note(envelope.key, record)
+        except InvalidDataError as error:
+            raise InvalidDataError(f"leaf {self.log.size} of the log: {error}") from error
+        self._names.add(name)
+        self.log.append(leaf_hash(envelope.encode()))
+
+    def _note(self, key: bytes, record: Record) -> None:
+        match record:
+            case Appointment() | RoundPlan() | CommitmentSet() | RoundManifest() | BeaconReveal():
+                if key != self._coordinator:
+                    raise SignatureError(f"a {record.kind} by {peer_id(key)}, who is not the run's coordinator")
+                self._note_coordinators(record)
+            case Registration():
+                self.accounts.setdefault(key, Account())
+            case Commitment():
+                self._require_seat(key, record.slot, record).commit(record)
+            case PartRecord():
+                self._require_seat(key, self._round(record).plan.slot_of(key), record).average(key, record)
+            case NonceOpening():
+                self._require_seat(key, record.slot, record).open_nonce(record)
+            case Verdict() | PartVerdict():
+                self._require_office(key, Role.AUDITOR, record)
+                self._judge(key, record)
+            case SketchSet() | Evaluation():
+                self._require_office(key, Role.CHECKPOINT_WORKER, record)
+            case Equivocation():
+                self._equivocated(key, record)
+
+    def _note_coordinators(
+        self, record: Appointment | RoundPlan | CommitmentSet | RoundManifest | BeaconReveal
+    ) -> None:
+        match record:
+            case Appointment():
+                self._offices.add((record.role, record.key))
+            case RoundPlan():
+                self._plan(record)
+            case CommitmentSet():
+                self._round(record).close(record, self._stands)
+            case RoundManifest():
+                self._round(record).seal(record)
+            case BeaconReveal():
+                self._round(record).draw(record, self._stands)
+
+    def _plan(self, plan: RoundPlan) -> None:
+        previous = self.rounds[-1] if self.rounds else None
+        base, beacon = bytes.fromhex(self.spec.checkpoint), bytes.fromhex(self.spec.beacon)
+        if previous is not None:
+            if previous.manifest is None or previous.reveal is None:
+                raise InvalidDataError(f"the plan of round {plan.round} comes before the round before it is over")
+            base, beacon = previous.manifest.root, previous.reveal.value
+        if plan.round != len(self.rounds) or plan.round >= self.spec.rounds.count:
+            raise InvalidDataError(f"the plan of round {plan.round} where that of round {len(self.rounds)} was due")
+        if (plan.log_size, plan.log_root) != (self.log.size, self.log.root()):
+            raise InvalidDataError(
+                f"the plan of round {plan.round} was made from a log of {plan.log_size} leaves with another root than the "
+                f"{self.log.size} leaves before it have"
+            )
+        if (plan.base, plan.previous_beacon) != (base, beacon):
+            raise InvalidDataError(f"the plan of round {plan.round} goes on from another checkpoint or beacon value")
+        vouched = tuple(self.account(seat.peer).vouched_tokens for seat in plan.roster)
+        self.rounds.append(Round(self.spec, plan, vouched))
+
+    # What ends audits, and standings
+
+    def _judge(self, key: bytes, verdict: Verdict | PartVerdict) -> None:
+        found, slot, policy = self._round(verdict), verdict.slot, self.spec.audit
+        if isinstance(verdict, PartVerdict):
+            part, audited, due = verdict.part, verdict.part_record, verdict.part
+            what = f"the average of part {part} by slot {slot}"
+        else:
+            part, audited, due = None, verdict.commitment, slot
+            what = f"the contribution of slot {slot}"
+        audit = found.audits.get((slot, part))
+        if audit is None or audit.audited != audited or verdict.sequence != due:
+            raise InvalidDataError(f"a verdict on {what} in round {verdict.round}, which was not drawn")
+        if audit.peer == key:
+            raise SignatureError(f"a verdict on {what} in round {verdict.round} by whose it is")
+        audit.verdicts[key] = verdict.outcome
+        if audit.outcome is not None:
+            return
+        others = len(self.auditors() - {audit.peer})
+        audit.outcome = resolve(audit.verdicts, others, policy, acceptances=acceptances_needed(audit.audited))
+        before, commitment = self.accounts.get(audit.peer), found.commitments.get(slot)
+        # As at the coordinator: an average by somebody who contributed nothing to the round has no effect on an account.
+        if audit.outcome is None or before is None or commitment is None:
+            return
+        if part is None:
+            after = ruling(before, audit.outcome, round=verdict.round, tokens=commitment.tokens, policy=policy).account
+        else:
+            after = reduction_ruling(before, audit.outcome, verdict.reason, round=verdict.round, policy=policy).account
+        self._store(audit.peer, after)
+
+    def _equivocated(self, key: bytes, report: Equivocation) -> None:
+        if key != self._coordinator and all(key != holder for _, holder in self._offices) and not self._stands(key):
+            raise SignatureError(f"an equivocation reported by {peer_id(key)}, who takes no part in the run")
+        proved = proved_by(report)
+        if self._stands(proved.key):
+            self._store(proved.key, replace(self.accounts[proved.key], ended=proved.what))
+
+    def _store(self, key: bytes, account: Account) -> None:
+        """Keep an account; where standing has ended, nobody looks at what is not resolved yet."""
+        self.accounts[key] = account
+        if account.ended is None:
+            return
+        for found in self.rounds:
+            for audit in found.audits.values():
+                if audit.peer == key and audit.outcome is None:
+                    audit.outcome = Moot.MOOT
+
+    # Who may sign what
+
+    def _round(self, record: Record) -> Round:
+        if record.round >= len(self.rounds):
+            raise InvalidDataError(f"a {record.kind} of round {record.round} before the round's plan")
+        return self.rounds[record.round]
+
+    def _stands(self, key: bytes) -> bool:
+        return key in self.accounts and self.accounts[key].ended is None
+
+    def _require_seat(self, key: bytes, slot: int | None, record: Record) -> Round:
+        found = self._round(record)
+        roster = found.plan.roster
+        if slot is None or slot >= len(roster) or roster[slot].peer != key or not self._stands(key):
+            raise SignatureError(f"a {record.kind} of round {record.round} by {peer_id(key)}, who has no such slot")
+        return found
+
+    def _require_office(self, key: bytes, role: Role, record: Record) -> None:
+        if (role, key) not in self._offices:
+            raise SignatureError(f"a {record.kind} by {peer_id(key)}, who was not appointed as {role}")

@@ -345,6 +345,8 @@ def _require_reducer(state: State, applicant: Applicant) -> None:
     slot = state.slot_of(applicant.key)
     if slot is None or not state.roster[slot].reducer:
         _refuse(403, "no-reducer", f"the plan of round {state.round} does not name this node as a reducer")
+    if slot not in state.committed:
+        _refuse(403, "no-reducer", f"this node committed to nothing in round {state.round}, so it averages nothing")
 
 
 def _require_sketching(state: State, record: Record) -> None:

@@ -156,7 +156,6 @@ class History:
         others = len(self.auditors() - {audit.peer})
         audit.outcome = resolve(audit.verdicts, others, policy, acceptances=acceptances_needed(audit.audited))
         before, commitment = self.accounts.get(audit.peer), found.commitments.get(slot)
-        # As at the coordinator: an average by somebody who contributed nothing to the round has no effect on an account.
         if audit.outcome is None or before is None or commitment is None:
             return
         if part is None:

@@ -93,6 +93,8 @@ class Round:
             raise InvalidDataError(f"an average of part {record.part} by slot {slot}, which is no reducer of it")
         if self.closing is None or self.manifest is not None or record.commitment_set != self.closing.hash:
             raise InvalidDataError(f"the average of part {record.part} is late, or of another commitment set")
+        if slot not in self.commitments:
+            raise InvalidDataError(f"an average of part {record.part} by slot {slot}, which committed to nothing")
         self.part_records.setdefault(record.hash, (slot, record))
 
     def seal(self, manifest: RoundManifest) -> None:

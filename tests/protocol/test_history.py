@@ -234,14 +234,11 @@ def test_one_verdict_of_a_new_auditor_counts_only_from_the_appointment_on(stage:
     the_same(stage, replayed(stage, stage.log()))
 
 
-def test_the_average_of_somebody_who_contributed_nothing_is_judged_as_at_the_coordinator(stage: Stage) -> None:
-    first = min(stage.cast.nodes, key=lambda node: node.public_key)
-    stage.absent = {first.public_key}
-    stage.play(0)
-    stage.judge_average(0, R, R)
-    history = replayed(stage, stage.log())
-    assert history.rounds[0].audits[0, 0].outcome is R
-    the_same(stage, history)
+def test_who_committed_to_nothing_averages_nothing(stage: Stage) -> None:
+    stage.absent = {min(node.public_key for node in stage.cast.nodes)}
+    with pytest.raises(RefusedError, match="committed to nothing in round 0") as refused:
+        stage.play(0)
+    assert (refused.value.status, refused.value.code) == (403, "no-reducer")
 
 
 def test_a_dropped_verdict_is_found_at_the_next_plan(stage: Stage) -> None:

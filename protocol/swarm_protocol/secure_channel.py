@@ -102,19 +102,18 @@ class Channel:
             OSError, EOFError: the connection broke, or was closed before.
             TimeoutError
         """
-        # With a timeout a read waits without Python's lock, and without an exception for every wait.
-        self._socket.settimeout(max(0.001, deadline - time.monotonic()))
-        try:
-            while view:
+        while view:
+            try:
                 count = self._socket.recv_into(view)
-                if count == 0:
-                    raise EOFError("the connection was closed")
-                view = view[count:]
-                if view and time.monotonic() > deadline:
-                    raise TimeoutError("timed out")
-        finally:
-            with contextlib.suppress(OSError):
-                self._socket.setblocking(False)
+            except ssl.SSLWantReadError:
+                self._wait(select.POLLIN, deadline)
+                continue
+            except ssl.SSLWantWriteError:
+                self._wait(select.POLLOUT, deadline)
+                continue
+            if count == 0:
+                raise EOFError("the connection was closed")
+            view = view[count:]
 
     def receive(self, size_bytes: int, deadline: float) -> bytearray:
         """The next `size_bytes`; raises like `receive_into`."""

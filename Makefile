@@ -28,7 +28,7 @@ check: lint test test-swarm
 .venv/run.stamp: pyproject.toml constraints.txt | .venv/bin/python
 	@echo "Installing swarm-node into .venv (a minute or two the first time)"
 	$(PIP) install -c constraints.txt "torch==2.13.0"
-	$(PIP) install -c constraints.txt -e ".[coordinator,exact]"
+	$(PIP) install -c constraints.txt -e ".[coordinator]"
 	@touch $@
 
 .venv/dev.stamp: .venv/run.stamp

@@ -50,6 +50,7 @@ CACHED = 2000
 
 RUN = """
 name = "robustness"
+numerics = "native"
 [model]
 hidden_size = 64
 intermediate_size = 160

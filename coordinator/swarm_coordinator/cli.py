@@ -87,7 +87,7 @@ def calibrate(
     from swarm_coordinator import calibrate as calibrating
     from swarm_protocol.spec import RunConfig
 
-    recipe = RunConfig() if config is None else RunConfig.from_toml(config)
+    recipe = RunConfig(numerics="native") if config is None else RunConfig.from_toml(config)
     found = calibrating.calibrate(recipe, out, calibrating.QUICK if quick else calibrating.THOROUGH, typer.echo)
     for precision, measured in found.precisions.items():
         for name, distance in sorted(measured.honest.items(), key=lambda item: item[1]):

@@ -126,7 +126,9 @@ def _with_tolerances(config: RunConfig, path: Path | None, store: Store) -> Audi
             )
         return config.audit
     if config.numerics == "exact":
-        raise ConfigurationError("exact runs compare hashes and have no tolerances; leave --tolerances out")
+        raise ConfigurationError(
+            'exact runs compare hashes and have no tolerances; leave --tolerances out, or set numerics = "native"'
+        )
     try:
         data = path.read_bytes()
         Tolerances.decode(data).require_fit(config.model, config.training)

@@ -216,7 +216,8 @@ class RunConfig(_Section):
     name: str = Field("demo", min_length=1, max_length=64, pattern=r"^[\w .:-]+$")
     seed: int = Field(0, ge=0, lt=1 << 63)
     numerics: Literal["native", "exact"] = Field(
-        "native", description="exact: the inner steps give the same bits on any machine, and audits compare hashes"
+        "exact",
+        description="exact: the inner steps give the same bits anywhere, and audits compare hashes; native: torch's kernels",
     )
     model: ModelSpec = ModelSpec()
     data: DataConfig = DataConfig()

@@ -15,7 +15,7 @@ from swarm_protocol.fingerprint import fingerprint_hash
 from swarm_protocol.spec import RunConfig
 from swarm_protocol.tolerances import Tolerances
 
-CONFIG = RunConfig()
+CONFIG = RunConfig(numerics="native")
 FACTS = {"one": {"threads": 1}, "two": {"threads": 2}}
 ONE, TWO = (fingerprint_hash(facts) for facts in FACTS.values())
 

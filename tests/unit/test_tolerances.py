@@ -120,7 +120,7 @@ def test_noise_that_reaches_the_cheats_gives_no_bounds(worst: float, mildest: fl
 
 def config(**audit: Any) -> RunConfig:
     model = ModelSpec(hidden_size=16, intermediate_size=16, num_hidden_layers=1, max_position_embeddings=16)
-    return RunConfig(model=model, audit=AuditSpec(**audit))
+    return RunConfig(numerics="native", model=model, audit=AuditSpec(**audit))
 
 
 def make(tmp_path: Path, config: RunConfig, content: bytes | None) -> Any:

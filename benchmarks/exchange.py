@@ -260,7 +260,7 @@ def main() -> None:
         result["scaling"] = []
         for peers in (2, 4, 8, 16):
             for megabytes in (1.0, 10.0, 100.0):
-                sized = argparse.Namespace(**{**vars(options), "peers": peers, "megabytes": megabytes, "repeats": 3})
+                sized = argparse.Namespace(**{**vars(options), "peers": peers, "megabytes": megabytes})
                 say(f"{peers} peers, {megabytes:.0f} MB")
                 result["scaling"].append(compare(sized, say))
     print(json.dumps(result) if options.json else json.dumps(result, indent=2))

@@ -72,12 +72,10 @@ def test_three_nodes_learn_in_four_rounds(environment: dict[str, str]) -> None:
 
 
 @pytest.mark.swarm
-def test_a_cheater_is_rejected_left_out_and_nobody_else_is(environment: dict[str, str]) -> None:
-    result = demo(environment, "--nodes", "2", "--rounds", "10", "--cheaters", "1")
+def test_a_cheater_is_rejected_and_nobody_else_is(environment: dict[str, str]) -> None:
+    result = demo(environment, "--nodes", "2", "--rounds", "4", "--cheaters", "1")
     assert {entry["node"] for entry in result["rejected"]} == {"cheater-1"}
     assert result["audits"]["inconclusive"] == result["audits"]["unavailable"] == 0
-    # Left out once rejected: three contributions a round before that, two afterwards.
-    assert result["contributions"] < 30
     assert len(set(result["checkpoint_roots"].values())) == 1
 
 

@@ -70,6 +70,19 @@ def finished(start_run: Start, *kinds: Kind, **settings: Any) -> tuple[dict[str,
     return status, nodes
 
 
+def test_whoever_is_rejected_is_in_no_later_plan(start_run: Start) -> None:
+    run = start_run(rounds=500, min_nodes=2, max_nodes=3, assemble_s=10.0)
+    run.serve()
+    for name in ("a", "b"):
+        run.join(name)
+    run.join("cheater", "--cheat", Kind.MADE_UP.value)
+    rejected = run.until(lambda: run.status().get("rejected") or None, what="the cheater is rejected")
+    assert {entry["name"] for entry in rejected} == {"cheater"}
+    later = run.status()["round"] + 1
+    run.reaches(later + 1)
+    assert set(run.round(later)["slots"]) == {"a", "b"}
+
+
 @pytest.mark.parametrize(
     ("kinds", "rounds"),
     [

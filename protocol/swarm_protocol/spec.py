@@ -68,6 +68,14 @@ class ModelSpec(_Section):
         heads = 1 if self.tie_word_embeddings else 2
         return heads * self.vocab_size * d + self.num_hidden_layers * per_layer + d
 
+    @property
+    def flops_per_token(self) -> int:
+        """Operations of training on one token, as is usual to count them: 6 N + 12 L H Q T (PaLM, appendix B)."""
+        attention = (
+            12 * self.num_hidden_layers * self.num_attention_heads * self.head_dim * self.max_position_embeddings
+        )
+        return 6 * self.num_parameters + attention
+
 
 class DataConfig(_Section):
     """How a corpus becomes shards of tokens."""

@@ -31,7 +31,13 @@ ONE_OF_EACH: dict[str, Record] = {
     record.kind: record
     for record in (
         records.Registration(
-            **NAME, protocol=1, name="Zoë's node", agent="swarm-node 0.1.0", device="cpu", fingerprint=digest("runtime")
+            **NAME,
+            protocol=1,
+            name="Zoë's node",
+            agent="swarm-node 0.1.0",
+            device="cpu",
+            fingerprint=digest("runtime"),
+            team="Δ",
         ),
         records.Appointment(**NAME, role=records.Role.AUDITOR, key=BOB.public_key),
         records.Addresses(**NAME, multiaddrs=(f"/ip4/127.0.0.1/tcp/4001/p2p/{ALICE.peer_id}",)),
@@ -121,6 +127,23 @@ ONE_OF_EACH: dict[str, Record] = {
         ),
         records.Equivocation(**NAME, first=b"one signed record", second=b"another one"),
         records.Evaluation(**NAME, root=digest("root"), loss=5.5, tokens=8192),
+        records.Receipt(**NAME, record=digest("record"), leaf_hash=digest("leaf")),
+        records.LogHead(**NAME, root=digest("log")),
+        records.Ban(**NAME, key=BOB.public_key, reason="spam"),
+        records.RunEnd(**NAME, root=digest("root"), reason="all rounds are done"),
+        records.CreditStatement(
+            **NAME,
+            checkpoint=digest("root"),
+            moves=(
+                records.CreditMove(
+                    move=records.Move.EARNED,
+                    cause=digest("manifest"),
+                    entries=(records.CreditEntry(round=3, slot=1, megaflops=1 << 40),),
+                ),
+            ),
+            balances=digest("balances"),
+            accounts=2,
+        ),
     )
 }
 EACH = pytest.mark.parametrize("record", ONE_OF_EACH.values(), ids=ONE_OF_EACH.keys())

@@ -19,8 +19,9 @@ from sqlalchemy.orm import Session
 
 from swarm_coordinator.admission import Applicant, admit
 from swarm_coordinator.db.archive import Archive
+from swarm_coordinator.db.engine import open_database
 from swarm_coordinator.db.machine_codec import decode_event, decode_state
-from swarm_coordinator.db.tables import EventRow, RecordRow, RunRow, SnapshotRow, open_database
+from swarm_coordinator.db.tables import EventRow, RecordRow, RunRow, SnapshotRow
 from swarm_coordinator.entry import Entry, Office
 from swarm_coordinator.round_events import Resumed, Tick
 from swarm_coordinator.rounds import Policy, State, advance
@@ -87,7 +88,7 @@ class Journal:
         if identity.public_key.hex() != spec.coordinator:
             raise ConfigurationError(f"{directory.coordinator_key} is not the key that the run was made with")
         office = Office(spec, identity, directory.beacon_seed())
-        journal = cls(open_database(directory.database), office, directory.token())
+        journal = cls(open_database(directory.database_url()), office, directory.token())
         try:
             journal._load(now_ms)
         except BaseException:

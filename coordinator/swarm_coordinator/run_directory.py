@@ -45,6 +45,10 @@ class RunDirectory:
     def database(self) -> Path:
         return self.root / "coordinator.db"
 
+    def database_url(self) -> str:
+        """The run's own database."""
+        return f"sqlite:///{self.database}"
+
     @property
     def objects(self) -> Path:
         return self.root / "objects"

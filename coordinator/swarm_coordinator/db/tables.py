@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from sqlalchemy import ForeignKey, Index, UniqueConstraint, create_engine, event
-from sqlalchemy.engine import Engine
-from sqlalchemy.exc import DatabaseError
+from sqlalchemy import BigInteger, ForeignKey, Index, Integer, UniqueConstraint, false
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
-
-from swarm_protocol.errors import ConfigurationError
-
-BUSY_TIMEOUT_MS = 10_000
 
 
 class Base(DeclarativeBase):
-    """All tables of a coordinator's database."""
+    """All tables of a coordinator's database. Several runs may share one."""
+
+    type_annotation_map: ClassVar[dict[Any, Any]] = {int: BigInteger().with_variant(Integer(), "sqlite")}
 
 
 class RunRow(Base):
@@ -32,7 +27,8 @@ class RunRow(Base):
 
 
 class RecordRow(Base):
-    """A signed record. `hash` is not unique: two signers may say the same thing. `leaf` is its place in the log, if any."""
+    """A signed record. `hash` is not unique: two signers may say the same thing. `leaf` is its place in the log, if any;
+    `receipt` is then the encoded Envelope that acknowledges it to its signer."""
 
     __tablename__ = "records"
     __table_args__ = (
@@ -51,6 +47,7 @@ class RecordRow(Base):
     envelope: Mapped[bytes]
     leaf: Mapped[int | None]
     received_ms: Mapped[int]
+    receipt: Mapped[bytes | None] = mapped_column(default=None)
 
 
 class EventRow(Base):
@@ -77,7 +74,11 @@ class SnapshotRow(Base):
 
 
 class NodeRow(Base):
-    """An identity that registered. `ended_reason` is None while it is in good standing."""
+    """An identity that registered. `ended_reason` is None while it is in good standing.
+
+    `invited` says that it came by an invitation of its own; `leaf` is that of its first registration: who came earlier is
+    earlier in the queue. `pending`, `settled` and `forfeited` are sums of the ledger, in megaflops.
+    """
 
     __tablename__ = "nodes"
 
@@ -96,6 +97,12 @@ class NodeRow(Base):
     unavailable: Mapped[int] = mapped_column(default=0)
     vouched_tokens: Mapped[int] = mapped_column(default=0)
     unavailable_rounds: Mapped[bytes] = mapped_column(default=b"\x80")
+    team: Mapped[str] = mapped_column(default="", server_default="")
+    invited: Mapped[bool] = mapped_column(default=False, server_default=false())
+    leaf: Mapped[int] = mapped_column(default=0, server_default="0")
+    pending: Mapped[int] = mapped_column(default=0, server_default="0")
+    settled: Mapped[int] = mapped_column(default=0, server_default="0")
+    forfeited: Mapped[int] = mapped_column(default=0, server_default="0")
 
 
 class OfficeRow(Base):
@@ -128,6 +135,21 @@ class RoundRow(Base):
     manifest: Mapped[bytes | None] = mapped_column(default=None)
     root: Mapped[bytes | None] = mapped_column(default=None)
     beacon: Mapped[bytes | None] = mapped_column(default=None)
+    planned_ms: Mapped[int | None] = mapped_column(default=None)
+    sealed_ms: Mapped[int | None] = mapped_column(default=None)
+
+
+class EvaluationRow(Base):
+    """Held-out loss of the checkpoint that a round starts from, nats per token; now and then what the model writes."""
+
+    __tablename__ = "evaluations"
+
+    run: Mapped[bytes] = mapped_column(ForeignKey(RunRow.id), primary_key=True)
+    round: Mapped[int] = mapped_column(primary_key=True)
+    root: Mapped[bytes]
+    loss: Mapped[float]
+    tokens: Mapped[int]
+    sample: Mapped[str | None] = mapped_column(default=None)
 
 
 MOOT = "moot"
@@ -181,9 +203,10 @@ class CreditStatus(StrEnum):
 
 
 class CreditRow(Base):
-    """The credit of one contribution, in tokens."""
+    """The credit of one contribution, and where the ledger has brought it; `team` is its node's when it was earned."""
 
     __tablename__ = "credit"
+    __table_args__ = (Index("credit_by_status", "run", "status", "round"), Index("credit_by_peer", "run", "peer"))
 
     run: Mapped[bytes] = mapped_column(ForeignKey(RunRow.id), primary_key=True)
     round: Mapped[int] = mapped_column(primary_key=True)
@@ -192,6 +215,34 @@ class CreditRow(Base):
     tokens: Mapped[int]
     status: Mapped[str]
     reason: Mapped[str | None] = mapped_column(default=None)
+    megaflops: Mapped[int] = mapped_column(default=0, server_default="0")
+    team: Mapped[str] = mapped_column(default="", server_default="")
+
+
+class LedgerRow(Base):
+    """A movement of a contribution's credit, out of `debit` and into `credit`: append-only, and summing to nothing.
+
+    Accounts are `run`, and `pending`, `settled` and `forfeited` of the peer. `commitment` is the contribution's, `cause` the
+    hash of the record that the movement follows from, and `leaf` that record's place in the log. `statement` is the sequence
+    of the CreditStatement that names it, None until one does; `position` its move within that, by count.
+    """
+
+    __tablename__ = "ledger"
+    __table_args__ = (Index("ledger_by_peer", "run", "peer", "seq"), Index("ledger_unstated", "run", "statement"))
+
+    run: Mapped[bytes] = mapped_column(ForeignKey(RunRow.id), primary_key=True)
+    seq: Mapped[int] = mapped_column(primary_key=True)
+    round: Mapped[int]
+    slot: Mapped[int]
+    peer: Mapped[bytes]
+    debit: Mapped[str]
+    credit: Mapped[str]
+    megaflops: Mapped[int]
+    commitment: Mapped[bytes]
+    cause: Mapped[bytes]
+    leaf: Mapped[int]
+    position: Mapped[int]
+    statement: Mapped[int | None] = mapped_column(default=None)
 
 
 class EquivocationRow(Base):
@@ -204,29 +255,39 @@ class EquivocationRow(Base):
     report: Mapped[bytes]
 
 
-def open_database(path: Path) -> Engine:
-    """Open, and if need be make, a database whose commits survive a crash of the machine.
+class InviteRow(Base):
+    """An invitation, good for `uses` identities. Its token is known to whom it was given; here is its hash."""
 
-    Raises:
-        ConfigurationError: it cannot be opened.
-    """
-    engine = create_engine(f"sqlite:///{path}", connect_args={"timeout": BUSY_TIMEOUT_MS / 1000})
-    event.listen(engine, "connect", _configure)
-    # The driver would begin a transaction at the first write only; a reader's statements have to agree as well.
-    event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN"))
-    try:
-        Base.metadata.create_all(engine)
-    except DatabaseError as error:
-        engine.dispose()
-        raise ConfigurationError(f"the database {path} cannot be opened: {error.orig}") from error
-    return engine
+    __tablename__ = "invites"
+
+    run: Mapped[bytes] = mapped_column(ForeignKey(RunRow.id), primary_key=True)
+    token_hash: Mapped[bytes] = mapped_column(primary_key=True)
+    label: Mapped[str]
+    uses: Mapped[int]
+    used: Mapped[int] = mapped_column(default=0)
+    created_ms: Mapped[int]
+    expires_ms: Mapped[int | None] = mapped_column(default=None)
 
 
-def _configure(connection: Any, _: object) -> None:
-    connection.isolation_level = None
-    cursor = connection.cursor()
-    cursor.execute("PRAGMA journal_mode=WAL")
-    cursor.execute("PRAGMA synchronous=FULL")
-    cursor.execute("PRAGMA foreign_keys=ON")
-    cursor.execute(f"PRAGMA busy_timeout={BUSY_TIMEOUT_MS}")
-    cursor.close()
+class AllowedRow(Base):
+    """An identity on the allow-list."""
+
+    __tablename__ = "allowed"
+
+    run: Mapped[bytes] = mapped_column(ForeignKey(RunRow.id), primary_key=True)
+    key: Mapped[bytes] = mapped_column(primary_key=True)
+    label: Mapped[str] = mapped_column(default="")
+
+
+class OrderRow(Base):
+    """What the run owner asked for by a command, for the coordinator to do once. `argument` is JSON."""
+
+    __tablename__ = "orders"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    run: Mapped[bytes] = mapped_column(ForeignKey(RunRow.id))
+    kind: Mapped[str]
+    argument: Mapped[str]
+    ordered_ms: Mapped[int]
+    done_ms: Mapped[int | None] = mapped_column(default=None)
+    answer: Mapped[str | None] = mapped_column(default=None)

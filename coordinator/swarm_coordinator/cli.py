@@ -112,10 +112,13 @@ def serve(
     ] = False,
 ) -> None:
     """Serve a run to volunteers, with its checkpoint worker and auditors, until Ctrl-C."""
+    import uvloop
+
     from swarm_coordinator.server import serve as serving
 
     _log()
-    asyncio.run(serving(directory, host, port, workers=not no_workers))
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(serving(directory, host, port, workers=not no_workers))
 
 
 @app.command(hidden=True)

@@ -24,6 +24,13 @@ class NodeReady:
 
 
 @dataclass(frozen=True, slots=True)
+class Seen:
+    """These nodes repeated what they had offered, or nothing: they are here."""
+
+    peers: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class NodeGone:
     """Its standing ended: it takes no further part."""
 
@@ -83,7 +90,7 @@ class Resumed:
     away_ms: int
 
 
-Event = NodeReady | NodeGone | Committed | Sketched | PartPublished | PartHeld | Rooted | Opened | Tick | Resumed
+Event = NodeReady | Seen | NodeGone | Committed | Sketched | PartPublished | PartHeld | Rooted | Opened | Tick | Resumed
 
 
 @dataclass(frozen=True, slots=True)

@@ -137,6 +137,9 @@ class ReceiptModel(BaseModel):
     hash: Hex
     kind: str
     leaf: int | None = Field(description="the record's place in the log; null for heartbeats and the like")
+    receipt: str | None = Field(
+        description="the encoded Envelope, in hex, of a Receipt by the coordinator, which promises that place"
+    )
 
 
 class OpenAudit(BaseModel):

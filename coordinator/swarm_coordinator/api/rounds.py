@@ -112,11 +112,12 @@ async def sketches(
 ) -> Response:
     check_round(run.spec, number)
 
-    def query(archive: Archive) -> bytes | None:
+    def query(archive: Archive) -> list[Envelope] | None:
         rows = archive.of_round((Sketches.kind, SketchObjection.kind), number)[after:]
-        return encode_list([Envelope.decode(row.envelope) for row in rows]) if rows else None
+        return [Envelope.decode(row.envelope) for row in rows] or None
 
-    return await polled(run, f"sketches:{number}", query, wait_s)
+    found = await run.poll(f"sketches:{number}", query, wait_s)
+    return Response(encode_list(found), media_type=CBOR) if found else Response(status_code=204)
 
 
 @router.get(

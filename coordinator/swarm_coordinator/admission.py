@@ -159,7 +159,7 @@ def _admit_commitment(
     tokens = state.roster[record.slot].steps * spec.tokens_per_step
     if record.tokens != tokens:
         _refuse(422, "wrong-tokens", f"slot {record.slot} trains on {tokens} tokens, not {record.tokens}")
-    if record.slot in state.committed:
+    if record.slot in state.commitments:
         _refuse(409, "already-committed", f"slot {record.slot} has committed to a contribution already")
     return Committed(record.slot, record.hash)
 
@@ -254,12 +254,12 @@ def _admit_report(state: State, record: records.CheckpointReport) -> Rooted:
 def _admit_opening(archive: Archive, state: State, applicant: Applicant, record: records.NonceOpening) -> Opened:
     _require_phase(state, record, Phase.OPENING)
     _require_slot(state, applicant, record.slot)
-    committed = dict(state.commitments).get(record.slot)
+    committed = state.commitments.get(record.slot)
     if committed is None:
         _refuse(422, "not-committed", f"slot {record.slot} has no commitment in round {state.round}")
     if nonce_hash(record.nonce) != archive.stored(records.Commitment, committed).nonce_hash:
         _refuse(422, "wrong-nonce", "this is not the nonce that the commitment hashed")
-    if any(slot == record.slot for slot, _ in state.openings):
+    if record.slot in state.openings:
         _refuse(409, "already-opened", f"slot {record.slot} has opened its nonce already")
     return Opened(record.slot, record.nonce)
 
@@ -345,7 +345,7 @@ def _require_reducer(state: State, applicant: Applicant) -> None:
     slot = state.slot_of(applicant.key)
     if slot is None or not state.roster[slot].reducer:
         _refuse(403, "no-reducer", f"the plan of round {state.round} does not name this node as a reducer")
-    if slot not in state.committed:
+    if slot not in state.commitments:
         _refuse(403, "no-reducer", f"this node committed to nothing in round {state.round}, so it averages nothing")
 
 
@@ -356,7 +356,7 @@ def _require_sketching(state: State, record: Record) -> None:
 
 
 def _commitment(archive: Archive, state: State, slot: int) -> records.Commitment:
-    committed = dict(state.commitments).get(slot)
+    committed = state.commitments.get(slot)
     if committed is None:
         _refuse(422, "not-committed", f"slot {slot} has no commitment in round {state.round}")
     return archive.stored(records.Commitment, committed)

@@ -5,16 +5,19 @@ whatever the order of events, and however often one comes: a round ends if time 
 each effect comes once per round and in order; a slot counts once; who vanishes is waited for until the phase's end at most.
 
     assembling -> training -> exchanging -> sealing -> opening -> assembling of the next round ... -> finished
+
+Most events cost O(log n) in a round of n slots: maps are persistent (hash array mapped tries), and counts say whether looking
+at everybody may be worth it. Who has silently gone is noticed by the next `Tick`.
 """
 
 from __future__ import annotations
 
-from bisect import insort
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from blake3 import blake3
+from immutables import Map
 
 from swarm_coordinator.round_events import (
     Committed,
@@ -129,7 +132,13 @@ class Average:
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """Where a run is. Tuples of (slot, ...) are in slot order; `phase_ends_ms` is None where only an event ends the phase."""
+    """Where a run is. `phase_ends_ms` is None where only an event ends the phase.
+
+    `nodes` are those heard of lately, by their keys; `ended` those whose standing ended; `previous` the roster of the round
+    before. `commitments` and `openings` are by slot. What is derived from the others, and kept since it is asked often:
+    `slots` (of the roster, by key), `offered` (how many nodes offered to take a slot in this round), `awaited` (how many
+    nodes of the round before have not), `gone` (slots of the roster whose standing ended since).
+    """
 
     policy: Policy
     base: bytes
@@ -137,26 +146,26 @@ class State:
     phase: Phase = Phase.ASSEMBLING
     phase_ends_ms: int | None = None
     cursor: int = 0
-    nodes: tuple[Node, ...] = ()
-    ended: tuple[bytes, ...] = ()
-    previous: tuple[bytes, ...] = ()
+    nodes: Map[bytes, Node] = Map()  # noqa: RUF009  # immutable
+    ended: frozenset[bytes] = frozenset()
+    previous: frozenset[bytes] = frozenset()
     roster: tuple[Seat, ...] = ()
-    commitments: tuple[tuple[int, bytes], ...] = ()
+    commitments: Map[int, bytes] = Map()  # noqa: RUF009
     sketch_set: bytes | None = None
     selected: tuple[int, ...] = ()
     averages: tuple[Average, ...] = ()
     parts: tuple[bytes | None, ...] = ()
     root: bytes | None = None
-    openings: tuple[tuple[int, bytes], ...] = ()
+    openings: Map[int, bytes] = Map()  # noqa: RUF009
+    needs_sketches: bool = False
+    slots: Mapping[bytes, int] = field(default_factory=dict, repr=False)
+    offered: int = 0
+    awaited: int = 0
+    gone: int = 0
 
     @property
     def committed(self) -> tuple[int, ...]:
-        return tuple(slot for slot, _ in self.commitments)
-
-    @property
-    def needs_sketches(self) -> bool:
-        """Whether this round's averages wait for a SketchSet; settled once its contributions are closed."""
-        return sketching.needed(self.policy.aggregator, self.roster, self.committed)
+        return tuple(sorted(self.commitments))
 
     @property
     def averaged(self) -> tuple[int, ...]:
@@ -164,14 +173,19 @@ class State:
         return self.selected if self.needs_sketches else self.committed
 
     def slot_of(self, peer: bytes) -> int | None:
-        return next((slot for slot, seat in enumerate(self.roster) if seat.peer == peer), None)
+        return self.slots.get(peer)
+
+    def takes(self, offer: Offer | None) -> bool:
+        """Whether this is an offer for a slot in this round."""
+        return offer is not None and offer.round == self.round and offer.base == self.base
 
 
 def advance(state: State, event: Event, now_ms: int) -> tuple[State, tuple[Effect, ...]]:
     """Take note of an event at a time, then leave every phase that is over. The same object comes back if nothing changed."""
     state = _noted(state, event, now_ms)
     effects: list[Effect] = []
-    while (step := _step(state, now_ms)) is not None:
+    thorough = not isinstance(event, NodeReady)
+    while (step := _step(state, now_ms, thorough=thorough)) is not None:
         state, effect = step
         if effect is not None:
             effects.append(effect)
@@ -180,14 +194,7 @@ def advance(state: State, event: Event, now_ms: int) -> tuple[State, tuple[Effec
 
 def ready_peers(state: State, now_ms: int) -> tuple[Node, ...]:
     """Nodes present that offered to take a slot in this round, from the right checkpoint."""
-    return tuple(
-        node
-        for node in state.nodes
-        if _present(state, node, now_ms)
-        and node.offer is not None
-        and node.offer.round == state.round
-        and node.offer.base == state.base
-    )
+    return tuple(node for node in state.nodes.values() if state.takes(node.offer) and _present(state, node, now_ms))
 
 
 def _noted(state: State, event: Event, now_ms: int) -> State:
@@ -195,11 +202,11 @@ def _noted(state: State, event: Event, now_ms: int) -> State:
         case NodeReady():
             return _note_ready(state, event, now_ms)
         case NodeGone(peer=peer) if peer not in state.ended:
-            ended = tuple(sorted((*state.ended, peer)))
-            return replace(state, ended=ended, nodes=tuple(node for node in state.nodes if node.peer != peer))
+            gone = state.gone + (peer in state.slots)
+            return replace(_without(state, peer), ended=state.ended | {peer}, gone=gone)
         case Committed(slot=slot) if state.phase is Phase.TRAINING and _open_slot(state, slot, state.commitments):
             state = _heard(state, state.roster[slot].peer, now_ms)
-            return replace(state, commitments=tuple(sorted((*state.commitments, (slot, event.hash)))))
+            return replace(state, commitments=state.commitments.set(slot, event.hash))
         case Sketched(selected=selected) if state.phase is Phase.EXCHANGING and state.needs_sketches:
             if state.sketch_set is not None or not set(selected) <= set(state.committed):
                 return state
@@ -215,15 +222,15 @@ def _noted(state: State, event: Event, now_ms: int) -> State:
             return replace(state, averages=tuple(averages))
         case Rooted(parts=parts, root=root) if state.phase is Phase.SEALING and parts == state.parts:
             return replace(state, root=root)
-        case Opened(slot=slot) if state.phase is Phase.OPENING and slot in state.committed:
+        case Opened(slot=slot) if state.phase is Phase.OPENING and slot in state.commitments:
             if not _open_slot(state, slot, state.openings):
                 return state
             state = _heard(state, state.roster[slot].peer, now_ms)
-            return replace(state, openings=tuple(sorted((*state.openings, (slot, event.nonce)))))
+            return replace(state, openings=state.openings.set(slot, event.nonce))
         case Resumed(away_ms=away_ms) if away_ms:
             ends = None if state.phase_ends_ms is None else state.phase_ends_ms + away_ms
-            nodes = tuple(replace(node, seen_ms=node.seen_ms + away_ms) for node in state.nodes)
-            return replace(state, phase_ends_ms=ends, nodes=nodes)
+            nodes = {peer: replace(node, seen_ms=node.seen_ms + away_ms) for peer, node in state.nodes.items()}
+            return replace(state, phase_ends_ms=ends, nodes=Map(nodes))
         case _:
             return state
 
@@ -244,21 +251,35 @@ def _note_ready(state: State, event: NodeReady, now_ms: int) -> State:
 def _heard(state: State, peer: bytes, now_ms: int, offer: Offer | None = None) -> State:
     if peer in state.ended:
         return state
-    nodes = [node for node in state.nodes if node.peer != peer]
-    known = next((node for node in state.nodes if node.peer == peer), None)
-    if offer is None and known is not None:
-        offer = known.offer
-    insort(nodes, Node(peer, now_ms, offer), key=lambda node: node.peer)
-    return replace(state, nodes=tuple(nodes))
-
-
-def _open_slot(state: State, slot: int, taken: Iterable[tuple[int, bytes]]) -> bool:
-    """Whether something may still be noted for a slot: it exists, its holder stands, and nothing was noted yet."""
-    return (
-        0 <= slot < len(state.roster)
-        and state.roster[slot].peer not in state.ended
-        and all(slot != other for other, _ in taken)
+    known = state.nodes.get(peer)
+    before = None if known is None else known.offer
+    offer = before if offer is None else offer
+    state = _without(state, peer)
+    takes = state.takes(offer)
+    return replace(
+        state,
+        nodes=state.nodes.set(peer, Node(peer, now_ms, offer)),
+        offered=state.offered + takes,
+        awaited=state.awaited + (not takes and peer in state.previous),
     )
+
+
+def _without(state: State, peer: bytes) -> State:
+    known = state.nodes.get(peer)
+    if known is None:
+        return state
+    takes = state.takes(known.offer)
+    return replace(
+        state,
+        nodes=state.nodes.delete(peer),
+        offered=state.offered - takes,
+        awaited=state.awaited - (not takes and peer in state.previous),
+    )
+
+
+def _open_slot(state: State, slot: int, taken: Map[int, bytes]) -> bool:
+    """Whether something may still be noted for a slot: it exists, its holder stands, and nothing was noted yet."""
+    return 0 <= slot < len(state.roster) and state.roster[slot].peer not in state.ended and slot not in taken
 
 
 def _acceptable(state: State, event: PartPublished) -> bool:
@@ -279,13 +300,13 @@ def _acceptable(state: State, event: PartPublished) -> bool:
     )
 
 
-def _step(state: State, now_ms: int) -> tuple[State, Effect | None] | None:
+def _step(state: State, now_ms: int, *, thorough: bool) -> tuple[State, Effect | None] | None:
     """The one next transition that is due, or None if the phase lasts."""
     due = state.phase_ends_ms is not None and now_ms >= state.phase_ends_ms
     match state.phase:
         case Phase.ASSEMBLING:
-            return _assemble(state, now_ms, due)
-        case Phase.TRAINING if due or _all_done(state, range(len(state.roster)), state.committed):
+            return _assemble(state, now_ms, due, thorough=thorough)
+        case Phase.TRAINING if due or _all_done(state, range(len(state.roster)), state.commitments):
             return _close_contributions(state, now_ms)
         case Phase.EXCHANGING if due or _all_held(state):
             parts = tuple(_best(state, part) for part in range(state.policy.parts))
@@ -294,16 +315,18 @@ def _step(state: State, now_ms: int) -> tuple[State, Effect | None] | None:
         case Phase.SEALING if state.root is not None:
             manifest = PublishManifest(state.round, state.parts, state.base, state.root, state.sketch_set)
             return replace(state, phase=Phase.OPENING, phase_ends_ms=now_ms + state.policy.open_ms), manifest
-        case Phase.OPENING if due or _all_done(state, state.committed, [slot for slot, _ in state.openings]):
-            return _next_round(state, now_ms), RevealBeacon(state.round, state.openings)
+        case Phase.OPENING if due or _all_done(state, state.commitments, state.openings):
+            return _next_round(state, now_ms), RevealBeacon(state.round, tuple(sorted(state.openings.items())))
         case _:
             return None
 
 
-def _assemble(state: State, now_ms: int, due: bool) -> tuple[State, Effect | None] | None:
+def _assemble(state: State, now_ms: int, due: bool, *, thorough: bool) -> tuple[State, Effect | None] | None:
     policy = state.policy
     if state.round >= policy.rounds:
         return replace(state, phase=Phase.FINISHED, phase_ends_ms=None), Finish()
+    if not (due or thorough or _worth_looking(state)):
+        return None
     ready = ready_peers(state, now_ms)
     if len(ready) < policy.min_nodes:
         return None if state.phase_ends_ms is None else (replace(state, phase_ends_ms=None), None)
@@ -316,9 +339,17 @@ def _assemble(state: State, now_ms: int, due: bool) -> tuple[State, Effect | Non
     able = reducers(policy, ready)
     roster = tuple(_seat(policy, node, reducer=node.peer in able) for node in sorted(ready, key=lambda node: node.peer))
     commit_by_ms = now_ms + policy.train_ms
-    state = replace(state, phase=Phase.TRAINING, phase_ends_ms=commit_by_ms, roster=roster)
+    slots = {seat.peer: slot for slot, seat in enumerate(roster)}
+    state = replace(state, phase=Phase.TRAINING, phase_ends_ms=commit_by_ms, roster=roster, slots=slots)
     plan = PublishPlan(state.round, state.base, roster, state.cursor, commit_by_ms, commit_by_ms + policy.exchange_ms)
     return state, plan
+
+
+def _worth_looking(state: State) -> bool:
+    """Whether the counts allow that enough are ready, or that waiting longer for more is pointless; O(1)."""
+    if state.phase_ends_ms is None:
+        return state.offered >= state.policy.min_nodes
+    return state.offered >= state.policy.max_nodes or (bool(state.previous) and not state.awaited)
 
 
 def _complete(state: State, ready: tuple[Node, ...], now_ms: int) -> bool:
@@ -327,8 +358,8 @@ def _complete(state: State, ready: tuple[Node, ...], now_ms: int) -> bool:
         return True
     if not state.previous:
         return False
-    expected = {node.peer for node in state.nodes if node.peer in state.previous and _present(state, node, now_ms)}
-    return expected <= {node.peer for node in ready}
+    here = (state.nodes.get(peer) for peer in state.previous)
+    return all(state.takes(node.offer) for node in here if node is not None and _present(state, node, now_ms))
 
 
 def reducers(policy: Policy, ready: Iterable[Node]) -> set[bytes]:
@@ -363,35 +394,55 @@ def _lot(state: State, peer: bytes) -> bytes:
 
 
 def _close_contributions(state: State, now_ms: int) -> tuple[State, Effect]:
-    counted = tuple((slot, digest) for slot, digest in state.commitments if state.roster[slot].peer not in state.ended)
-    ends_ms = now_ms + state.policy.exchange_ms
-    state = replace(state, phase=Phase.EXCHANGING, phase_ends_ms=ends_ms, commitments=counted)
-    return state, PublishCommitmentSet(state.round, counted)
+    stands = (slot for slot in sorted(state.commitments) if state.roster[slot].peer not in state.ended)
+    counted = {slot: state.commitments[slot] for slot in stands}
+    state = replace(
+        state,
+        phase=Phase.EXCHANGING,
+        phase_ends_ms=now_ms + state.policy.exchange_ms,
+        commitments=Map(counted),
+        needs_sketches=sketching.needed(state.policy.aggregator, state.roster, counted),
+    )
+    return state, PublishCommitmentSet(state.round, tuple(counted.items()))
 
 
 def _next_round(state: State, now_ms: int) -> State:
     assert state.root is not None
     windows = sum(seat.steps for seat in state.roster) * state.policy.batch_sequences
-    return State(
+    following = State(
         policy=state.policy,
         base=state.root,
         round=state.round + 1,
         cursor=state.cursor + windows,
-        nodes=tuple(node for node in state.nodes if _present(state, node, now_ms)),
+        nodes=Map({peer: node for peer, node in state.nodes.items() if _present(state, node, now_ms)}),
         ended=state.ended,
-        previous=tuple(seat.peer for seat in state.roster),
+        previous=frozenset(state.slots),
+    )
+    return with_counts(following)
+
+
+def with_counts(state: State) -> State:
+    """The state with what is derived from the rest of it computed anew."""
+    offering = [peer for peer, node in state.nodes.items() if state.takes(node.offer)]
+    return replace(
+        state,
+        slots={seat.peer: slot for slot, seat in enumerate(state.roster)},
+        offered=len(offering),
+        awaited=len(state.previous.intersection(state.nodes)) - len(state.previous.intersection(offering)),
+        gone=sum(seat.peer in state.ended for seat in state.roster),
     )
 
 
-def _all_done(state: State, slots: Iterable[int], done: Iterable[int]) -> bool:
-    finished = set(done)
-    return all(slot in finished or state.roster[slot].peer in state.ended for slot in slots)
+def _all_done(state: State, slots: Mapping[int, bytes] | range, done: Mapping[int, bytes]) -> bool:
+    if len(done) + state.gone < len(slots):
+        return False
+    return all(slot in done or state.roster[slot].peer in state.ended for slot in slots)
 
 
 def _all_held(state: State) -> bool:
-    if not state.averaged:
+    whole = len(state.selected) if state.needs_sketches else len(state.commitments)
+    if not whole:
         return not state.commitments or state.sketch_set is not None
-    whole = len(state.averaged)
     covered = {average.part for average in state.averages if average.held and len(average.slots) == whole}
     return len(covered) == state.policy.parts
 

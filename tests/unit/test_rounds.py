@@ -29,7 +29,7 @@ from swarm_coordinator.round_events import (
     Sketched,
     Tick,
 )
-from swarm_coordinator.rounds import Phase, Policy, State, advance
+from swarm_coordinator.rounds import Phase, Policy, State, advance, with_counts
 
 BASE = bytes(32)
 PEERS = [bytes([number]) * 32 for number in range(1, 6)]
@@ -75,6 +75,7 @@ class Machine:
         new: list[Effect] = []
         for event in events:
             self.state, effects = advance(self.state, event, self.now_ms)
+            assert self.state == with_counts(self.state)
             new += effects
         self.effects += new
         return new
@@ -190,7 +191,7 @@ def test_a_second_commitment_for_a_slot_changes_nothing() -> None:
     machine = Machine()
     machine.to_training()
     machine.give(Committed(1, name(1, 1)), Committed(1, name(7)), Committed(0, name(1, 0)))
-    assert machine.state.commitments == ((0, name(1, 0)), (1, name(1, 1)))
+    assert dict(machine.state.commitments) == {0: name(1, 0), 1: name(1, 1)}
 
 
 def test_who_lost_its_standing_is_not_waited_for_and_does_not_count() -> None:

@@ -11,9 +11,11 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from swarm_coordinator import config as configuration
+from swarm_coordinator.config import CoordinatorConfig
 from swarm_coordinator.run_directory import RunDirectory
 from swarm_coordinator.store import Store
 from swarm_protocol.chunks import content_hash
@@ -28,7 +30,10 @@ from swarm_protocol.tolerances import Tolerances
 
 @dataclass(frozen=True)
 class Options:
-    """`corpus` is files and folders; `auditors` is how many keys are made that may audit; `tolerances` a tolerance file."""
+    """`corpus` is files and folders; `auditors` is how many keys are made that may audit; `tolerances` a tolerance file.
+
+    `token` is what volunteers have to know to join; `serving` is written to `coordinator.toml`.
+    """
 
     directory: Path
     config: RunConfig
@@ -36,6 +41,7 @@ class Options:
     token: str | None = None
     auditors: int = 2
     tolerances: Path | None = None
+    serving: CoordinatorConfig = field(default_factory=CoordinatorConfig)
 
 
 def initialise(options: Options) -> RunSpec:
@@ -85,6 +91,7 @@ def _build(directory: RunDirectory, options: Options) -> RunSpec:
     write_atomic(directory.beacon_seed_file, seed, mode=0o600)
     if options.token is not None:
         write_atomic(directory.token_file, options.token.encode(), mode=0o600)
+    configuration.write(directory.config_file, options.serving)
     spec = RunSpec(
         name=config.name,
         seed=config.seed,

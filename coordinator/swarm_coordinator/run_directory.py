@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from swarm_coordinator import config as configuration
+from swarm_coordinator.config import CoordinatorConfig, Mode
 from swarm_protocol.errors import ConfigurationError
 from swarm_protocol.files import write_atomic
 from swarm_protocol.identity import peer_id
@@ -45,9 +48,29 @@ class RunDirectory:
     def database(self) -> Path:
         return self.root / "coordinator.db"
 
+    @property
+    def config_file(self) -> Path:
+        return self.root / "coordinator.toml"
+
+    def config(self) -> CoordinatorConfig:
+        """How the run is served: its file, under what the environment says.
+
+        Raises:
+            ConfigurationError: a value is wrong.
+        """
+        return configuration.load(self.config_file, os.environ)
+
     def database_url(self) -> str:
-        """The run's own database."""
-        return f"sqlite:///{self.database}"
+        """The database of the configuration, or the run's own."""
+        return self.config().database.url or f"sqlite:///{self.database}"
+
+    def objects_url(self) -> str:
+        """Where objects are, by the configuration, or in this folder."""
+        return self.config().objects.url or self.objects.absolute().as_uri()
+
+    def admission_mode(self) -> Mode:
+        """Who may register: by the configuration, or by whether the run has a token."""
+        return self.config().admission.mode or ("token" if self.token_file.exists() else "open")
 
     @property
     def objects(self) -> Path:

@@ -195,7 +195,7 @@ async def open_service(directory: RunDirectory, clock: Callable[[], int] | None 
         ConfigurationError: there is no run, or it is damaged.
     """
     clock = clock or steady_clock()
-    service = Service(Journal.open(directory, clock()), Store(directory.objects), clock)
+    service = Service(Journal.open(directory, clock()), Store(directory.objects_url()), clock)
     try:
         if directory.worker_key.exists():
             await service.appoint(Role.CHECKPOINT_WORKER, Identity.load(directory.worker_key).public_key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -203,11 +204,12 @@ MakeCast = Callable[..., Cast]
 
 
 @pytest.fixture
-def make_cast(tmp_path: Path) -> MakeCast:
+def make_cast(tmp_path: Path, request: pytest.FixtureRequest) -> MakeCast:
     """`make_cast(nodes=2, rounds=2, token=None, ...)`: a run's directory, and who takes part in it.
 
-    Averages are audited only where `reductions` is given.
+    Averages are audited only where `reductions` is given. Tests that use `database_url` too run on every kind of database.
     """
+    url = request.getfixturevalue("database_url") if "database_url" in request.fixturenames else None
 
     def make(
         nodes: int = 2,
@@ -223,6 +225,8 @@ def make_cast(tmp_path: Path) -> MakeCast:
         for number, auditor in enumerate(auditors):
             auditor.save(home.auditor_key(number))
         home.beacon_seed_file.write_bytes(BEACON_SEED)
+        if url is not None:
+            home.config_file.write_text(f"[database]\nurl = {json.dumps(url)}\n")
         if token is not None:
             home.token_file.write_text(token)
         state = np.zeros(2 * MODEL.num_parameters, dtype=np.float32)

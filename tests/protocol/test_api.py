@@ -36,6 +36,9 @@ from swarm_protocol.spec import RunSpec
 MakeCast = Callable[..., Any]
 
 
+pytestmark = pytest.mark.usefixtures("database_url")
+
+
 class Api:
     """The coordinator as its clients see it."""
 

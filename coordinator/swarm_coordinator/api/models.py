@@ -33,7 +33,7 @@ class CheckpointName(BaseModel):
 
 
 class Credit(BaseModel):
-    """Tokens of contributions."""
+    """Work in contributions, in megaflops: whole millions of floating point operations."""
 
     pending: int = Field(0, description="may still be forfeited")
     settled: int = 0

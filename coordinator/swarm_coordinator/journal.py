@@ -33,6 +33,7 @@ from swarm_protocol.log import Log, leaf_hash
 from swarm_protocol.records import (
     Envelope,
     Equivocation,
+    LogHead,
     PartRecord,
     PartVerdict,
     Ready,
@@ -151,6 +152,11 @@ class Journal:
         with self._entry(now_ms) as entry:
             if not entry.archive.holds_office(key, role):
                 entry.appoint(role, key)
+
+    def signed_head(self, size: int) -> Envelope:
+        """The head of the log when it had so many committed leaves. It follows from the log alone: always the same bytes."""
+        head = LogHead(run=self.spec.run_id, round=0, sequence=size, root=self.log.root(size))
+        return Envelope.sign(self._office.identity, head)
 
     def mark_alive(self, now_ms: int) -> None:
         """Note that the coordinator is up: only what comes after is down time."""

@@ -153,6 +153,12 @@ class OpenAudit(BaseModel):
 class LogHead(BaseModel):
     size: int
     root: Hex
+    signed: str = Field(description="the encoded Envelope of a LogHead that says so, by the coordinator, in hex")
+
+
+class LogProof(BaseModel):
+    size: int = Field(description="the size of the log that the proof leads to")
+    proof: list[Hex] = Field(description="as in RFC 9162, lowest first")
 
 
 class SlotDetail(BaseModel):

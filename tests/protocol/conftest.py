@@ -239,7 +239,7 @@ def make_cast(tmp_path: Path, request: pytest.FixtureRequest) -> MakeCast:
             beacon=chain_end(BEACON_SEED, rounds).hex(),
             model=MODEL,
             data=DataSpec(root="00" * 32, tokenizer="bytes", train_tokens=1000, held_out_windows=4),
-            training=TrainingSpec(batch_sequences=2, micro_sequences=2, steps=2, segment_steps=1),
+            training=TrainingSpec(batch_sequences=80, micro_sequences=2, steps=2, segment_steps=1),
             exchange=ExchangeSpec(parts=2, aggregator=aggregator),
             outer=OuterSpec(),
             rounds=RoundsSpec(count=rounds, min_nodes=nodes, max_nodes=nodes, assemble_s=0.0),

@@ -99,19 +99,15 @@ class LogCheck(Check):
         )
         log = self.history.log
         if log.size >= size:
-            served = log.root(size).hex()
-            return (
-                []
-                if log.root(size) == root
-                else [f"{rewritten}; the first {size} records that are served now have {served}"]
-            )
+            now_root = log.root(size)
+            return [] if now_root == root else [f"{rewritten}; as many have {now_root.hex()} now"]
         # The replay stopped before: the coordinator's own proof has to do.
-        now, now_root = await self._client.log_head()
+        now, head = await self._client.log_head()
         if now < size:
             return [f"{rewritten}; now it has {now} records"]
         try:
             answer = await self._client.json("/log/consistency", old=size, size=now)
-            verify_consistency(size, now, [bytes.fromhex(one) for one in answer["proof"]], root, now_root)
+            verify_consistency(size, now, [bytes.fromhex(one) for one in answer["proof"]], root, head)
         except (HashMismatchError, KeyError, TypeError, ValueError):
             return [f"{rewritten}; the coordinator cannot show that the {now} records that it serves now extend it"]
         return []
@@ -233,13 +229,12 @@ def _lines(found: dict[str, Any]) -> list[str]:
         return ", ".join(f"{count:,} {name}" for name, count in counts.items() if count) or "none"
 
     before = found["seen_before"]
-    seen_before = (
-        "nothing verified here yet" if before is None else f"{before['size']:,} records, root {before['root']}"
-    )
     return [
         f"log        {log['size']:,} records, root {log['root']}",
         f"records    {listed(found['records'])}",
-        f"before     {seen_before}",
+        f"before     {before['size']:,} records, root {before['root']}"
+        if before
+        else "before     nothing verified here yet",
         f"rounds     {len(found['rounds'])} planned, {checkpoint['round']} sealed, checkpoint {checkpoint['root']}"
         + (f"; the run has ended: {found['ended']}" if found["ended"] else ""),
         f"audits     {listed(found['audits'])}; of averages: {listed(found['part_audits'])}",

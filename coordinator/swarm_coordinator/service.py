@@ -24,7 +24,7 @@ from swarm_coordinator.store import Store
 from swarm_coordinator.topics import Topics
 from swarm_protocol.errors import RefusedError
 from swarm_protocol.identity import Identity
-from swarm_protocol.records import Envelope, Role
+from swarm_protocol.records import Envelope, Record, Role
 from swarm_protocol.spec import RunSpec
 
 log = logging.getLogger(__name__)
@@ -51,6 +51,9 @@ class Service:
         self._topics = Topics()
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="journal")
         self._loop = asyncio.get_running_loop()
+        self._logged = journal.log_head[0]
+        self._ticked_s = self._loop.time()
+        self.on_commit: Callable[[float], None] = lambda seconds: None
 
     @property
     def spec(self) -> RunSpec:
@@ -66,8 +69,23 @@ class Service:
         """Size and root of the log, as of the last commit."""
         return self._journal.log_head
 
-    async def submit(self, data: bytes, token: str | None) -> Receipt:
-        """Accept an encoded envelope.
+    @property
+    def tick_age_s(self) -> float:
+        """How long ago the clock ticked last."""
+        return self._loop.time() - self._ticked_s
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the coordinator is going away."""
+        return self._topics.closed
+
+    async def submit(
+        self,
+        data: bytes,
+        token: str | None,
+        checked: Callable[[Envelope, Record], None] = lambda envelope, record: None,
+    ) -> Receipt:
+        """Accept an encoded envelope. `checked` is called once its signature was checked, and may refuse it.
 
         Raises:
             InvalidDataError: not a record, or not signed.
@@ -75,6 +93,7 @@ class Service:
         """
         envelope = Envelope.decode(data)
         record = await asyncio.to_thread(envelope.open)
+        checked(envelope, record)
 
         def change() -> Receipt:
             answer, topics = self._journal.submit(envelope, record, token, self._clock())
@@ -88,6 +107,7 @@ class Service:
     async def tick(self) -> None:
         """Let the phases that are over end."""
         await self._write(lambda: self._wake(self._journal.tick(self._clock())))
+        self._ticked_s = self._loop.time()
 
     async def appoint(self, role: Role, key: bytes) -> None:
         """Give a key an office, once."""
@@ -135,9 +155,20 @@ class Service:
         self._journal.close()
 
     async def _write(self, change: Callable[[], T]) -> T:
-        return await self._loop.run_in_executor(self._writer, change)
+        def timed() -> T:
+            started_s = time.perf_counter()
+            try:
+                return change()
+            finally:
+                self.on_commit(time.perf_counter() - started_s)
+
+        return await self._loop.run_in_executor(self._writer, timed)
 
     def _wake(self, topics: set[str]) -> None:
+        size, _ = self._journal.log_head
+        if size != self._logged:
+            self._logged = size
+            topics = topics | {"log"}
         self._loop.call_soon_threadsafe(self._topics.wake, topics)
 
 

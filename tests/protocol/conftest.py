@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -212,49 +213,56 @@ class Cast:
 MakeCast = Callable[..., Cast]
 
 
+def cast_in(
+    root: Path,
+    nodes: int = 2,
+    rounds: int = 2,
+    token: str | None = None,
+    aggregator: aggregate.Name = "multi_krum",
+    reductions: float = 0.0,
+) -> Cast:
+    home = RunDirectory(root)
+    coordinator, worker, auditors = identity(1), identity(2), [identity(3), identity(4)]
+    coordinator.save(home.coordinator_key)
+    worker.save(home.worker_key)
+    for number, auditor in enumerate(auditors):
+        auditor.save(home.auditor_key(number))
+    home.beacon_seed_file.write_bytes(BEACON_SEED)
+    if token is not None:
+        home.token_file.write_text(token)
+    state = np.zeros(2 * MODEL.num_parameters, dtype=np.float32)
+    spec = RunSpec(
+        name="test",
+        seed=7,
+        numerics="native",
+        coordinator=coordinator.public_key.hex(),
+        checkpoint=Store(home.objects).put_state(state).root.hex(),
+        beacon=chain_end(BEACON_SEED, rounds).hex(),
+        model=MODEL,
+        data=DataSpec(root="00" * 32, tokenizer="bytes", train_tokens=1000, held_out_windows=4),
+        training=TrainingSpec(batch_sequences=2, micro_sequences=2, steps=2, segment_steps=1),
+        exchange=ExchangeSpec(parts=2, aggregator=aggregator),
+        outer=OuterSpec(),
+        rounds=RoundsSpec(count=rounds, min_nodes=nodes, max_nodes=nodes, assemble_s=0.0),
+        audit=AuditSpec(reductions=reductions),
+    )
+    home.spec_file.write_bytes(spec.encode())
+    return Cast(home, spec, [identity(10 + number) for number in range(nodes)], worker, auditors)
+
+
 @pytest.fixture
 def make_cast(tmp_path: Path) -> MakeCast:
     """`make_cast(nodes=2, rounds=2, token=None, ...)`: a run's directory, and who takes part in it.
 
     Averages are audited only where `reductions` is given.
     """
+    return partial(cast_in, tmp_path / "run")
 
-    def make(
-        nodes: int = 2,
-        rounds: int = 2,
-        token: str | None = None,
-        aggregator: aggregate.Name = "multi_krum",
-        reductions: float = 0.0,
-    ) -> Cast:
-        home = RunDirectory(tmp_path / "run")
-        coordinator, worker, auditors = identity(1), identity(2), [identity(3), identity(4)]
-        coordinator.save(home.coordinator_key)
-        worker.save(home.worker_key)
-        for number, auditor in enumerate(auditors):
-            auditor.save(home.auditor_key(number))
-        home.beacon_seed_file.write_bytes(BEACON_SEED)
-        if token is not None:
-            home.token_file.write_text(token)
-        state = np.zeros(2 * MODEL.num_parameters, dtype=np.float32)
-        spec = RunSpec(
-            name="test",
-            seed=7,
-            numerics="native",
-            coordinator=coordinator.public_key.hex(),
-            checkpoint=Store(home.objects).put_state(state).root.hex(),
-            beacon=chain_end(BEACON_SEED, rounds).hex(),
-            model=MODEL,
-            data=DataSpec(root="00" * 32, tokenizer="bytes", train_tokens=1000, held_out_windows=4),
-            training=TrainingSpec(batch_sequences=2, micro_sequences=2, steps=2, segment_steps=1),
-            exchange=ExchangeSpec(parts=2, aggregator=aggregator),
-            outer=OuterSpec(),
-            rounds=RoundsSpec(count=rounds, min_nodes=nodes, max_nodes=nodes, assemble_s=0.0),
-            audit=AuditSpec(reductions=reductions),
-        )
-        home.spec_file.write_bytes(spec.encode())
-        return Cast(home, spec, [identity(10 + number) for number in range(nodes)], worker, auditors)
 
-    return make
+@pytest.fixture(scope="module")
+def cast(tmp_path_factory: pytest.TempPathFactory) -> Cast:
+    """One cast for all tests of a module."""
+    return cast_in(tmp_path_factory.mktemp("cast") / "run")
 
 
 class Api:
@@ -346,7 +354,7 @@ async def listening(app: FastAPI) -> AsyncIterator[str]:
 
 
 @asynccontextmanager
-async def serving(
+async def _serving(
     cast: Cast, *, address: str = "127.0.0.1", listen: bool = False, **options: Any
 ) -> AsyncIterator[Api]:
     async with AsyncExitStack() as stack:
@@ -361,6 +369,12 @@ async def serving(
         yield Api(cast, await stack.enter_async_context(http), service)
 
 
+@pytest.fixture(scope="session")
+def serving() -> Callable[..., AbstractAsyncContextManager[Api]]:
+    """`serving(cast, **options)`: the cast's coordinator, with the options of `play`."""
+    return _serving
+
+
 @pytest.fixture
 def play() -> Callable[..., None]:
     """`play(cast, script, **options)`: runs `script(api)` against the cast's coordinator, within half a minute.
@@ -371,7 +385,7 @@ def play() -> Callable[..., None]:
 
     def play(cast: Cast, script: Callable[[Api], Awaitable[None]], **options: Any) -> None:
         async def run() -> None:
-            async with asyncio.timeout(30), serving(cast, **options) as api:
+            async with asyncio.timeout(30), _serving(cast, **options) as api:
                 await script(api)
 
         asyncio.run(run())

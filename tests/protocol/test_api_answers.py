@@ -165,6 +165,10 @@ def test_a_method_that_a_route_does_not_have_is_a_problem_that_names_those_it_ha
         answer = await api.http.delete("/v1/runs")
         assert (answer.status_code, answer.json()["code"]) == (405, "method-not-allowed")
         assert answer.headers["allow"] == "GET"
+        assert (await api.http.post(f"/v1/runs/{api.cast.run.hex()}/spec")).headers["allow"] in (
+            "GET, HEAD",
+            "HEAD, GET",
+        )
         assert answer.headers["content-type"] == "application/problem+json"
 
     play(make_cast(), script)

@@ -155,7 +155,7 @@ def test_only_so_many_listen_at_once_and_who_leaves_makes_room(make_cast: MakeCa
     play(make_cast(), script, listen=True, limits=Limits(listeners=2))
 
 
-@pytest.mark.parametrize("given", ["-1", "x", "1" * 19, ""])
+@pytest.mark.parametrize("given", ["-1", "x", "1" * 19])
 def test_an_id_that_we_never_gave_is_refused(make_cast: MakeCast, play: Play, given: str) -> None:
     async def script(api: Api) -> None:
         answer = await api.get("/events", headers={"last-event-id": given})

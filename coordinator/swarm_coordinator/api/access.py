@@ -81,7 +81,11 @@ def get_and_head(router: APIRouter, path: str, **options: Any) -> Callable[[Rout
     """A route that answers to GET, and to HEAD without the body."""
 
     def add(route: Route) -> Route:
-        return router.get(path, **options)(router.head(path, **options)(route))
+        # One route answers, so that a refusal's Allow names both; two describe it, each with a name of its own.
+        router.add_api_route(path, route, methods=["GET", "HEAD"], include_in_schema=False, **options)
+        router.add_api_route(path, route, methods=["GET"], **options)
+        router.add_api_route(path, route, methods=["HEAD"], **options)
+        return route
 
     return add
 

@@ -40,10 +40,10 @@ async def events(
     run: TheRun,
     after: Annotated[int | None, Query(ge=-1, lt=1 << 62, description="the leaf to go on after")] = None,
     last_event_id: Annotated[
-        str | None, Header(pattern=r"^[0-9]{1,18}$", description="the leaf that came last, as browsers send it")
-    ] = None,
+        str, Header(pattern=r"^[0-9]{0,18}$", description="the leaf that came last, as browsers send it")
+    ] = "",
 ) -> AsyncIterator[ServerSentEvent]:
-    last = after if last_event_id is None else int(last_event_id)
+    last = int(last_event_id) if last_event_id else after
     leaf = run.log_head[0] if last is None else last + 1
     yield ServerSentEvent(comment=f"from leaf {leaf}", retry=RETRY_MS)
 

@@ -1,9 +1,9 @@
 """What one address and one identity may ask for: generous to honest nodes, bounded for everybody else.
 
-An address is charged before anything is read of a request; an identity once its signature was checked, and never for a
-record that was accepted before, which anybody may hand in again. Whoever is refused is told when to come back, and nothing
-was decided about what it sent. The machine's own addresses are not limited by address: a proxy there has to pass on the
-client's with X-Forwarded-For.
+An address is charged before anything is read of a request; an identity once its signature was checked, and once for a
+record: anybody may hand it in again, whether it was accepted or not. Whoever is refused is told when to come back, and
+nothing was decided about what it sent. The machine's own addresses are not limited by address: a proxy there has to pass on
+the client's with X-Forwarded-For.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from swarm_coordinator.api.problems import LimitedError, answer
 from swarm_protocol.errors import ConfigurationError
-from swarm_protocol.records import MAX_RECORD_BYTES
+from swarm_protocol.records import MAX_RECORD_BYTES, Ready, Record
 
 MAX_WAIT_S = 30.0
 BUSY_S = 5.0
@@ -97,6 +97,7 @@ class Desk:
         self.limits = limits
         self.addresses = Buckets(limits.address_per_s, limits.address_burst, limits.remembered)
         self.identities = Buckets(limits.identity_per_s, limits.identity_burst, limits.remembered)
+        self._charged: OrderedDict[bytes, None] = OrderedDict()
         self.waiting: Counter[str] = Counter()
         self.listening: Counter[str] = Counter()
 
@@ -105,6 +106,15 @@ class Desk:
         wait_s = self.identities.wait_s(key)
         if wait_s:
             raise too_many("this identity has sent too many records; send them again later", wait_s)
+
+    def charge_identity(self, key: bytes, record: Record) -> None:
+        """Charge an identity for a record of its own. Heartbeats, which only their signer has, count every time."""
+        if record.hash in self._charged and not isinstance(record, Ready):
+            return
+        self.identities.spend(key)
+        self._charged[record.hash] = None
+        if len(self._charged) > self.limits.remembered:
+            self._charged.popitem(last=False)
 
     @contextmanager
     def long_poll(self, host: str | None) -> Iterator[None]:

@@ -49,13 +49,13 @@ async def submit(
     assert isinstance(metrics, Metrics)
     scheme, _, token = (authorization or "").partition(" ")
     kind, result = "none", "refused"
-    signer: bytes | None = None
+    opened: tuple[bytes, Record] | None = None
 
     def checked(envelope: Envelope, record: Record) -> None:
-        nonlocal kind, signer
+        nonlocal kind, opened
         kind = record.kind
         desk.check_identity(envelope.key)
-        signer = envelope.key
+        opened = (envelope.key, record)
 
     try:
         body = await _bounded_body(request, desk.limits)
@@ -66,9 +66,8 @@ async def submit(
         raise
     finally:
         metrics.records.labels(kind, result).inc()
-        # Anybody may repeat what is public; heartbeats are not, and each of them says something new.
-        if signer is not None and (result != "repeated" or kind == Ready.kind):
-            desk.identities.spend(signer)
+        if opened is not None and (result != "repeated" or kind == Ready.kind):
+            desk.charge_identity(*opened)
     response.status_code = 201 if receipt.new else 200
     return ReceiptModel(hash=receipt.hash.hex(), kind=receipt.kind, leaf=receipt.leaf)
 

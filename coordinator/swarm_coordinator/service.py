@@ -27,7 +27,7 @@ from swarm_coordinator.topics import Event, Topics
 from swarm_protocol.certificate import Certificate
 from swarm_protocol.errors import RefusedError
 from swarm_protocol.identity import Identity
-from swarm_protocol.records import Envelope, Role
+from swarm_protocol.records import Envelope, Record, Role
 from swarm_protocol.spec import RunSpec
 
 log = logging.getLogger(__name__)
@@ -61,6 +61,8 @@ class Service:
         self._loop = asyncio.get_running_loop()
         self._waiting: list[tuple[Change, asyncio.Future[object]]] = []
         self._draining: asyncio.Task[None] | None = None
+        self._ticked_s = self._loop.time()
+        self.on_commit: Callable[[float], None] = lambda seconds: None
 
     @property
     def spec(self) -> RunSpec:
@@ -125,8 +127,23 @@ class Service:
             raise RefusedError(f"the log has {committed} leaves, not {size}", status=422, code="no-such-size")
         return committed if size is None else size
 
-    async def submit(self, data: bytes, token: str | None) -> Receipt:
-        """Accept an encoded envelope.
+    @property
+    def tick_age_s(self) -> float:
+        """How long ago the clock ticked last."""
+        return self._loop.time() - self._ticked_s
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the coordinator is going away."""
+        return self._topics.closed
+
+    async def submit(
+        self,
+        data: bytes,
+        token: str | None,
+        checked: Callable[[Envelope, Record], None] = lambda envelope, record: None,
+    ) -> Receipt:
+        """Accept an encoded envelope. `checked` is called once its signature was checked, and may refuse it.
 
         Raises:
             InvalidDataError: not a record, or not signed.
@@ -134,6 +151,7 @@ class Service:
         """
         envelope = Envelope.decode(data)
         record = envelope.open() if len(data) <= SMALL_BYTES else await asyncio.to_thread(envelope.open)
+        checked(envelope, record)
         receipt = await self._commit(self._journal.offer(envelope, record, token))
         assert isinstance(receipt, Receipt)
         return receipt
@@ -141,6 +159,7 @@ class Service:
     async def tick(self) -> None:
         """Let the phases that are over end."""
         await self._write(lambda: self._wake(self._journal.tick(self._clock())))
+        self._ticked_s = self._loop.time()
 
     async def appoint(self, role: Role, key: bytes) -> None:
         """Give a key an office, once."""
@@ -235,7 +254,14 @@ class Service:
                     done.set_result(result)
 
     async def _write(self, change: Callable[[], T]) -> T:
-        return await self._loop.run_in_executor(self._writer, change)
+        def timed() -> T:
+            started_s = time.perf_counter()
+            try:
+                return change()
+            finally:
+                self.on_commit(time.perf_counter() - started_s)
+
+        return await self._loop.run_in_executor(self._writer, timed)
 
     def _wake(self, topics: set[str]) -> None:
         self._loop.call_soon_threadsafe(self._topics.wake, topics)

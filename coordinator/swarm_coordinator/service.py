@@ -91,7 +91,7 @@ class Service:
         """
         size = self._logged(size)
         if leaf >= size:
-            raise RefusedError(f"a log of {size} leaves has no leaf {leaf}", status=422, code="no-such-leaf")
+            raise RefusedError(f"a log of {size} leaves has no leaf {leaf}", status=404, code="no-such-leaf")
         return size, self._journal.log.inclusion_proof(leaf, size)
 
     def consistency_proof(self, old: int, size: int | None) -> tuple[int, tuple[bytes, ...]]:
@@ -102,7 +102,7 @@ class Service:
         """
         size = self._logged(size)
         if old > size:
-            raise RefusedError(f"a log of {size} leaves extends none of {old}", status=422, code="no-such-size")
+            raise RefusedError(f"a log of {size} leaves extends none of {old}", status=404, code="no-such-size")
         return size, self._journal.log.consistency_proof(old, size)
 
     async def certificate(self, key: bytes) -> Certificate | None:
@@ -124,7 +124,7 @@ class Service:
     def _logged(self, size: int | None) -> int:
         committed, _ = self.log_head
         if size is not None and size > committed:
-            raise RefusedError(f"the log has {committed} leaves, not {size}", status=422, code="no-such-size")
+            raise RefusedError(f"the log has {committed} leaves, not {size}", status=404, code="no-such-size")
         return committed if size is None else size
 
     @property

@@ -239,6 +239,7 @@ def test_a_status_has_a_bounded_number_of_nodes_and_the_pages_have_all(
             await api.accept(cast.registration(node))
         cast.now_ms += 1000
         await api.accept(cast.ready(cast.nodes[1], 0, await api.base()))
+        await api.service.mark_alive()
         found = (await api.get("")).json()
         assert found["registered"] == 5
         assert [node["peer"] for node in found["nodes"]] == [cast.nodes[1].peer_id, cast.nodes[4].peer_id]

@@ -99,7 +99,7 @@ def test_an_identity_that_sends_too_much_waits_and_nobody_else_does(make_cast: M
         first, second = cast.nodes
         base = await api.base()
         await api.accept(cast.registration(first), cast.ready(first, 0, base))
-        assert (await api.offer(cast.ready(first, 0, base))).status_code == 200  # a heartbeat counts every time
+        assert (await api.offer(cast.ready(first, 0, base))).status_code == 201  # a heartbeat counts every time
         answer = await api.offer(cast.ready(first, 0, base))
         assert (answer.status_code, answer.json()["code"], answer.headers["retry-after"]) == (
             429,

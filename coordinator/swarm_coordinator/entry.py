@@ -23,6 +23,7 @@ from swarm_coordinator.db.tables import (
     AuditRow,
     EquivocationRow,
     EventRow,
+    InviteRow,
     NodeRow,
     OfficeRow,
     RecordRow,
@@ -51,6 +52,7 @@ from swarm_protocol.policy import acceptances_needed, resolve
 from swarm_protocol.records import (
     Addresses,
     Appointment,
+    Ban,
     BeaconReveal,
     CheckpointReport,
     Commitment,
@@ -125,20 +127,27 @@ class Entry:
         if node is not None:
             node.last_seen_ms = self._now_ms
 
-    def register(self, key: bytes, record: Registration) -> None:
-        """Note what a node says of itself; its newest registration counts."""
+    def register(self, key: bytes, record: Registration, leaf: int, invite: InviteRow | None) -> None:
+        """Note what a node says of itself; its newest registration counts, but the leaf of its first one.
+
+        An invitation is used up by it, and makes the node an invited one.
+        """
         node = self.archive.node(key)
         if node is None:
             node = NodeRow(
                 run=self._run,
                 key=key,
                 registered_ms=self._now_ms,
+                leaf=leaf,
                 contributions=0,
                 accepted=0,
                 rejected=0,
                 unavailable=0,
             )
             self._session.add(node)
+        if invite is not None:
+            invite.used += 1
+            node.invited = True
         node.name, node.agent, node.device = record.name, record.agent, record.device
         node.fingerprint, node.last_seen_ms = record.fingerprint, self._now_ms
 
@@ -206,6 +215,19 @@ class Entry:
         log.warning("%s %s; the proof is record %s", peer_id(proved.key), proved.what, report.hash.hex())
         if node is not None and node.ended_reason is None:
             self._end_standing(node, proved.what)
+
+    def ban(self, key: bytes, reason: str) -> bool:
+        """End an identity's standing by the run owner's word, in a signed record; False if there was none to end."""
+        node = self.archive.node(key)
+        if node is None or node.ended_reason is not None:
+            return False
+        sequence = self.archive.count(Ban.kind, self._office.identity.public_key)
+        ban = Ban(run=self._run, round=self.state.round, sequence=sequence, key=key, reason=reason)
+        self._sign(ban)
+        self._end_standing(node, f"banned by the run owner: {reason}")
+        self.topics.add("audits")
+        self._settle()
+        return True
 
     def _end_standing(self, node: NodeRow, reason: str) -> None:
         node.ended_reason = reason

@@ -6,7 +6,6 @@ same state and signs nothing a second time. Synchronous and for one caller at a 
 
 from __future__ import annotations
 
-import hmac
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -17,12 +16,15 @@ from sqlalchemy import select
 from sqlalchemy.engine import Engine
 from sqlalchemy.orm import Session
 
+from swarm_coordinator import orders
 from swarm_coordinator.admission import Applicant, admit
 from swarm_coordinator.db.archive import Archive
 from swarm_coordinator.db.engine import open_database
 from swarm_coordinator.db.machine_codec import decode_event, decode_state
 from swarm_coordinator.db.tables import EventRow, RecordRow, RunRow, SnapshotRow
 from swarm_coordinator.entry import Entry, Office
+from swarm_coordinator.entrance import Entrance
+from swarm_coordinator.recovery import Recovery
 from swarm_coordinator.round_events import Resumed, Tick
 from swarm_coordinator.rounds import Policy, State, advance
 from swarm_coordinator.run_directory import RunDirectory
@@ -67,10 +69,12 @@ class Receipt:
 class Journal:
     """Open it with `open`. `state` and `log_head` are those after the last commit."""
 
-    def __init__(self, engine: Engine, office: Office, token: str | None) -> None:
+    def __init__(self, engine: Engine, office: Office, entrance: Entrance) -> None:
         self._engine = engine
         self._office = office
-        self._token = token
+        self._entrance = entrance
+        self._recovery: Recovery | None = None
+        self._alive_ms = 0
         self.spec = office.spec
         self.log = Log()
         self.log_head: tuple[int, bytes] = (0, self.log.root())
@@ -88,7 +92,8 @@ class Journal:
         if identity.public_key.hex() != spec.coordinator:
             raise ConfigurationError(f"{directory.coordinator_key} is not the key that the run was made with")
         office = Office(spec, identity, directory.beacon_seed())
-        journal = cls(open_database(directory.database_url()), office, directory.token())
+        entrance = Entrance(directory.admission_mode(), directory.token())
+        journal = cls(open_database(directory.database_url()), office, entrance)
         try:
             journal._load(now_ms)
         except BaseException:
@@ -109,8 +114,9 @@ class Journal:
         Raises:
             RefusedError: says why; nothing was stored.
         """
-        has_token = self._token is None or hmac.compare_digest((token or "").encode(), self._token.encode())
-        applicant = Applicant(envelope.key, has_token)
+        if self._recovery is not None:
+            refusal = self._recovery.compare(envelope, record)
+            return refusal or Receipt(record.hash, record.kind, None, new=False), set()
         with self._entry(now_ms) as entry:
             known = entry.archive.find(record.kind, record.round, record.sequence, envelope.key)
             if known is not None and known.hash != record.hash:
@@ -124,11 +130,15 @@ class Journal:
             # Anything repeated but a heartbeat may come from somebody else, and says nothing new.
             if known is not None and not isinstance(record, Ready):
                 return Receipt(known.hash, known.kind, known.leaf, new=False), entry.topics
-            event = admit(entry.archive, self.spec, entry.state, applicant, record)
+            event = admit(entry.archive, self.spec, entry.state, Applicant(envelope.key), record)
+            invite = None
+            if isinstance(record, Registration):
+                invite = self._entrance.admit(entry.archive, envelope.key, token, now_ms)
             row = known or entry.append(envelope, record)
             entry.heard(envelope.key)
             if isinstance(record, Registration):
-                entry.register(envelope.key, record)
+                assert row.leaf is not None
+                entry.register(envelope.key, record, row.leaf, invite)
             elif isinstance(record, Verdict | PartVerdict):
                 entry.note_verdict(envelope.key, record)
             elif isinstance(record, Equivocation):
@@ -140,22 +150,61 @@ class Journal:
 
     def tick(self, now_ms: int) -> set[str]:
         """Let time pass; returns the topics to wake."""
+        if self._recovery is not None:
+            return self._recovered(now_ms)
         if advance(self.state, Tick(), now_ms)[0] is self.state:
             return set()
         with self._entry(now_ms) as entry:
             entry.apply(Tick())
             return entry.topics
 
-    def appoint(self, role: Role, key: bytes, now_ms: int) -> None:
-        """Give a key an office, once."""
+    def carry_out_orders(self, now_ms: int) -> set[str]:
+        """Do what the run owner has ordered since, each in a transaction of its own; returns the topics to wake."""
+        topics: set[str] = set()
+        if self._recovery is not None:
+            return topics
+        for number in self.read(lambda archive: orders.open_orders(archive.session, archive.run)):
+            with self._entry(now_ms) as entry:
+                orders.carry_out(entry, number, now_ms)
+                topics |= entry.topics
+        return topics
+
+    def appoint(self, role: Role, key: bytes, now_ms: int) -> bool:
+        """Give a key an office, once. False if that has to wait: after a restore nothing is signed for a while."""
+        if self._recovery is not None:
+            return self.read(lambda archive: archive.holds_office(key, role))
         with self._entry(now_ms) as entry:
             if not entry.archive.holds_office(key, role):
                 entry.appoint(role, key)
+        return True
 
     def mark_alive(self, now_ms: int) -> None:
         """Note that the coordinator is up: only what comes after is down time."""
-        with self._entry(now_ms):
-            pass
+        if self._recovery is None:
+            with self._entry(now_ms):
+                pass
+
+    @property
+    def recovering(self) -> bool:
+        """Whether the run was restored, and nodes are asked for what was signed last."""
+        return self._recovery is not None
+
+    @property
+    def failure(self) -> str | None:
+        """Why this run cannot be served any more, if that is so."""
+        return None if self._recovery is None else self._recovery.failure
+
+    def _recovered(self, now_ms: int) -> set[str]:
+        """Go on after a restore, if the time to hear of newer records has passed, and none came."""
+        recovery = self._recovery
+        if recovery is None or recovery.failure is not None or now_ms < recovery.until_ms:
+            return set()
+        with self._entry(now_ms) as entry:
+            recovery.end(entry.archive.session, now_ms)
+            entry.apply(Resumed(now_ms - self._alive_ms))
+            log.info("nobody held anything newer than the backup; the run goes on")
+        self._recovery = None
+        return entry.topics
 
     def read(self, query: Callable[[Archive], T]) -> T:
         """Run a query on what is committed. From any thread."""
@@ -188,11 +237,15 @@ class Journal:
                     raise ConfigurationError("the database belongs to another run; restore the right one from a backup")
                 row = RunRow(id=run, spec=self.spec.encode(), created_ms=now_ms, alive_ms=now_ms)
                 session.add(row)
+            self._alive_ms = row.alive_ms
             away_ms = now_ms - row.alive_ms
             self.state = restored_state(session, self.spec)
             self.log = Log(_leaf_hashes(session, run))
             self.log_head = (self.log.size, self.log.root())
-        if away_ms:
+            until_ms = now_ms + self.state.policy.presence_ms
+            owner = bytes.fromhex(self.spec.coordinator)
+            self._recovery = Recovery.begin(session, self._engine, run, owner, until_ms)
+        if away_ms and self._recovery is None:
             with self._entry(now_ms) as entry:
                 entry.apply(Resumed(away_ms))
 

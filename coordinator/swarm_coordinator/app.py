@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
-from swarm_coordinator.api import objects, problems, rounds, runs
+from swarm_coordinator.api import admission, objects, problems, rounds, runs
 from swarm_coordinator.service import Service
 from swarm_protocol import __version__
 
@@ -30,7 +30,7 @@ def create_app(service: Service) -> FastAPI:
         generate_unique_id_function=_operation,
     )
     app.state.service = service
-    for module in (runs, rounds, objects):
+    for module in (runs, rounds, objects, admission):
         app.include_router(module.router)
     problems.install(app)
     return app

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
 from swarm_coordinator.books import Books
 from swarm_coordinator.db.archive import Archive
-from swarm_coordinator.db.machine_codec import encode_event, encode_state
+from swarm_coordinator.db.machine_codec import encode_state
 from swarm_coordinator.db.tables import (
     CONTRIBUTION,
     MOOT,
@@ -31,23 +31,26 @@ from swarm_coordinator.db.tables import (
     SnapshotRow,
     VerdictRow,
 )
+from swarm_coordinator.db.writing import Stored, Writing
 from swarm_coordinator.round_events import (
     Effect,
     Event,
     Finish,
     NodeGone,
+    NodeReady,
     PublishCommitmentSet,
     PublishManifest,
     PublishPlan,
     RequestRoot,
     RevealBeacon,
+    Seen,
 )
-from swarm_coordinator.rounds import Phase, State, advance
+from swarm_coordinator.rounds import Phase, State, advance, repeats
 from swarm_protocol import encoding, equivocation
 from swarm_protocol.draw import Drawable, chain_value, drawn, drawn_parts
 from swarm_protocol.errors import InvalidDataError
 from swarm_protocol.identity import Identity, peer_id
-from swarm_protocol.log import Log, leaf_hash
+from swarm_protocol.log import Log
 from swarm_protocol.policy import acceptances_needed, resolve
 from swarm_protocol.records import (
     Addresses,
@@ -70,6 +73,7 @@ from swarm_protocol.records import (
     SlotHash,
     SlotNonce,
     Verdict,
+    parse,
 )
 from swarm_protocol.spec import RunSpec
 
@@ -86,58 +90,83 @@ class Office:
     spec: RunSpec
     identity: Identity
     beacon_seed: bytes
+    contributions: dict[bytes, dict[int, Commitment]] = field(default_factory=dict, repr=False)
+    """Those of the newest CommitmentSet that was looked at, by its hash: they are looked at twice."""
 
 
 class Entry:
     """Work in progress. Its log is the journal's own: who rolls back has to load it anew."""
 
-    def __init__(self, session: Session, office: Office, state: State, log: Log, now_ms: int) -> None:
+    def __init__(self, session: Session, office: Office, state: State, log: Log, seq: int, now_ms: int) -> None:
         self.archive = Archive(session, office.spec.run_id)
         self._books = Books(session, self.archive, office.spec.audit)
         self.state = state
         self.topics: set[str] = set()
+        self.heard: set[bytes] = set()
         self._session = session
         self._office = office
         self._log = log
-        self._now_ms = now_ms
+        self.now_ms = now_ms
         self._run = office.spec.run_id
+        self._writing = Writing(session, self._run, log, seq, now_ms)
+        self._seen: list[bytes] = []
 
-    def append(self, envelope: Envelope, record: Record) -> RecordRow:
-        """Store a record, as a leaf of the log unless it is one of `UNLOGGED`."""
-        data = envelope.encode()
-        leaf = None if isinstance(record, UNLOGGED) else self._log.append(leaf_hash(data))
-        row = RecordRow(
-            run=self._run,
-            kind=record.kind,
-            round=record.round,
-            sequence=record.sequence,
-            signer=envelope.key,
-            hash=record.hash,
-            envelope=data,
-            leaf=leaf,
-            received_ms=self._now_ms,
+    @property
+    def seq(self) -> int:
+        """The newest event's."""
+        return self._writing.seq
+
+    def finish(self) -> None:
+        """Write what is still to be written: the transaction ends."""
+        self._note_seen()
+        self.flush()
+        if self._writing.grew:
+            self.topics.add("log")
+
+    def flush(self) -> None:
+        """Let queries find the records that were added."""
+        self._writing.flush()
+
+    def find(self, record: Record, signer: bytes) -> Stored | None:
+        """The one record under this record's name, if there is one."""
+        name = (record.kind, record.round, record.sequence, signer)
+        added = self._writing.find(name)
+        if added is not None:
+            return added
+        row = self.archive.find(*name)
+        return None if row is None else Stored.of(row)
+
+    def append(self, envelope: Envelope, record: Record) -> Stored:
+        """Store a record, as a leaf of the log unless it is one of `UNLOGGED`; others than our own get a receipt."""
+        identity = self._office.identity
+        return self._writing.record(
+            envelope,
+            record,
+            logged=not isinstance(record, UNLOGGED),
+            signer=None if envelope.key == identity.public_key else identity,
+            due_round=self.state.round + 1,
         )
-        self._session.add(row)
-        self._session.flush()
-        return row
 
-    def heard(self, key: bytes) -> None:
-        """Note that a node is alive."""
-        node = self.archive.node(key)
-        if node is not None:
-            node.last_seen_ms = self._now_ms
+    def present(self, event: NodeReady) -> None:
+        """A node is here: if it says nothing else, this is noted together with others'."""
+        self.heard.add(event.peer)
+        if repeats(self.state, event):
+            self._seen.append(event.peer)
+        else:
+            self.apply(event)
 
     def register(self, key: bytes, record: Registration, leaf: int, invite: InviteRow | None) -> None:
         """Note what a node says of itself; its newest registration counts, but the leaf of its first one.
 
         An invitation is used up by it, and makes the node an invited one.
         """
+        self.heard.add(key)
         node = self.archive.node(key)
         if node is None:
             node = NodeRow(
                 run=self._run,
                 key=key,
-                registered_ms=self._now_ms,
+                registered_ms=self.now_ms,
                 leaf=leaf,
                 contributions=0,
                 accepted=0,
@@ -149,7 +178,7 @@ class Entry:
             invite.used += 1
             node.invited = True
         node.name, node.agent, node.device = record.name, record.agent, record.device
-        node.fingerprint, node.last_seen_ms = record.fingerprint, self._now_ms
+        node.fingerprint, node.last_seen_ms = record.fingerprint, self.now_ms
 
     def appoint(self, role: Role, key: bytes) -> None:
         """Give a key an office, by a signed record."""
@@ -237,16 +266,20 @@ class Entry:
 
     def apply(self, event: Event) -> None:
         """Store an event, advance the rounds by it, and do what follows."""
+        self._note_seen()
         before = self.state
-        seq = self._session.scalar(select(func.max(EventRow.seq)).filter_by(run=self._run)) or 0
-        self._session.add(
-            EventRow(run=self._run, seq=seq + 1, round=before.round, at_ms=self._now_ms, payload=encode_event(event))
-        )
-        self.state, effects = advance(before, event, self._now_ms)
+        self._writing.event(event, before.round)
+        self.state, effects = advance(before, event, self.now_ms)
         for effect in effects:
+            self.flush()
             self._carry_out(effect)
         if self.state.round != before.round:
-            self._snapshot(seq + 1)
+            self._snapshot(self.seq)
+
+    def _note_seen(self) -> None:
+        if self._seen:
+            seen, self._seen = tuple(dict.fromkeys(self._seen)), []
+            self.apply(Seen(seen))
 
     def _carry_out(self, effect: Effect) -> None:
         match effect:
@@ -284,15 +317,17 @@ class Entry:
             log_root=self._log.root(),
         )
         self._sign(plan)
+        vouched = self.archive.vouched_tokens()
         self._session.add(
             RoundRow(
                 run=self._run,
                 round=effect.round,
                 slots=len(effect.roster),
                 plan=plan.hash,
-                vouched=encoding.encode([self._books.vouched_tokens(seat.peer) for seat in plan.roster]),
+                vouched=encoding.encode([vouched.get(seat.peer, 0) for seat in plan.roster]),
                 committed=0,
                 missing_parts=0,
+                planned_ms=self.now_ms,
             )
         )
         self.topics.add(f"plan:{effect.round}")
@@ -303,8 +338,10 @@ class Entry:
         closing = CommitmentSet(run=self._run, round=effect.round, plan=row.plan, commitments=entries)
         self._sign(closing)
         row.commitment_set, row.committed = closing.hash, len(entries)
-        for slot, _ in effect.commitments:
-            node = self.archive.node(self.state.roster[slot].peer)
+        peers = [self.state.roster[slot].peer for slot, _ in effect.commitments]
+        self.archive.prefetch(peers)
+        for peer in peers:
+            node = self.archive.node(peer)
             if node is not None:
                 node.contributions += 1
         self.topics.add(f"commitments:{effect.round}")
@@ -323,7 +360,7 @@ class Entry:
             root=effect.root,
         )
         self._sign(manifest)
-        row.manifest, row.root = manifest.hash, manifest.root
+        row.manifest, row.root, row.sealed_ms = manifest.hash, manifest.root, self.now_ms
         self._books.credit(self.archive.stored(RoundPlan, row.plan), self._contributions(row))
         self._settle()
         self.topics.add(f"manifest:{effect.round}")
@@ -341,6 +378,7 @@ class Entry:
         )
         self._sign(reveal)
         row.beacon = reveal.value
+        self.archive.prefetch(seat.peer for seat in self.archive.stored(RoundPlan, row.plan).roster)
         plan = self.archive.stored(RoundPlan, row.plan)
         contributions = self._contributions(row)
         candidates = self._candidates(row, plan, contributions)
@@ -411,8 +449,13 @@ class Entry:
 
     def _contributions(self, row: RoundRow) -> dict[int, Commitment]:
         assert row.commitment_set is not None
-        closing = self.archive.stored(CommitmentSet, row.commitment_set)
-        return {entry.slot: self.archive.stored(Commitment, entry.hash) for entry in closing.commitments}
+        known = self._office.contributions
+        if row.commitment_set not in known:
+            closing, found = self.archive.stored(CommitmentSet, row.commitment_set), self.archive.commitments(row.round)
+            counted = {entry.slot: parse(Envelope.decode(found[entry.hash]).body) for entry in closing.commitments}
+            known.clear()
+            known[row.commitment_set] = {slot: one for slot, one in counted.items() if isinstance(one, Commitment)}
+        return known[row.commitment_set]
 
     def _round(self, number: int) -> RoundRow:
         row = self.archive.round(number)
@@ -424,13 +467,15 @@ class Entry:
 
     def _snapshot(self, seq: int) -> None:
         """Keep the state at the start of a round; what only earlier states were made of is not needed any more."""
+        self.flush()
         number = self.state.round
         self._session.add(SnapshotRow(run=self._run, round=number, seq=seq, state=encode_state(self.state)))
         older = select(func.max(SnapshotRow.seq)).filter(SnapshotRow.run == self._run, SnapshotRow.round < number)
         self._session.execute(
             delete(EventRow).where(EventRow.run == self._run, EventRow.seq <= older.scalar_subquery())
         )
-        passing = [Ready.kind, PartHeld.kind]
         self._session.execute(
-            delete(RecordRow).where(RecordRow.run == self._run, RecordRow.kind.in_(passing), RecordRow.round < number)
+            delete(RecordRow).where(
+                RecordRow.run == self._run, RecordRow.kind == PartHeld.kind, RecordRow.round < number
+            )
         )

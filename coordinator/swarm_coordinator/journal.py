@@ -6,13 +6,14 @@ same state and signs nothing a second time. Synchronous and for one caller at a 
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
-from sqlalchemy import select
+from sqlalchemy import func, select, update
 from sqlalchemy.engine import Engine
 from sqlalchemy.orm import Session
 
@@ -22,10 +23,10 @@ from swarm_coordinator.db.archive import Archive
 from swarm_coordinator.db.engine import open_database
 from swarm_coordinator.db.machine_codec import decode_event, decode_state
 from swarm_coordinator.db.tables import EventRow, RecordRow, RunRow, SnapshotRow
-from swarm_coordinator.entry import Entry, Office
 from swarm_coordinator.entrance import Entrance
+from swarm_coordinator.entry import Entry, Office
 from swarm_coordinator.recovery import Recovery
-from swarm_coordinator.round_events import Resumed, Tick
+from swarm_coordinator.round_events import NodeReady, Resumed, Tick
 from swarm_coordinator.rounds import Policy, State, advance
 from swarm_coordinator.run_directory import RunDirectory
 from swarm_protocol import parts
@@ -33,8 +34,11 @@ from swarm_protocol.errors import ConfigurationError, RefusedError
 from swarm_protocol.identity import Identity
 from swarm_protocol.log import Log, leaf_hash
 from swarm_protocol.records import (
+    Commitment,
     Envelope,
     Equivocation,
+    NonceOpening,
+    PartHeld,
     PartRecord,
     PartVerdict,
     Ready,
@@ -53,17 +57,32 @@ log = logging.getLogger(__name__)
 WOKEN = {PartRecord: "part-records", Sketches: "sketches", SketchObjection: "sketches", SketchSet: "sketch-set"}
 """What long-polls wait for of the records that others sign, by the topic of their round."""
 
+ONE_BY_ONE = (Registration, Commitment, NonceOpening, PartRecord, PartHeld)
+"""What is checked against nothing that could come in the same transaction, but through the state."""
+
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Receipt:
-    """What an accepted record is answered with; `new` is False if it had been accepted before."""
+    """What an accepted record is answered with; `new` is False if it had been accepted before.
+
+    `signed` is the encoded Envelope that promises the record's place in the log; None for what is not in it.
+    """
 
     hash: bytes
     kind: str
     leaf: int | None
     new: bool
+    signed: bytes | None = None
+
+
+@dataclass(frozen=True)
+class Change:
+    """Something to do in a transaction, and the key of whom it concerns, if anybody. It either refuses, or does its work."""
+
+    carry_out: Callable[[Entry], object]
+    key: bytes | None = None
 
 
 class Journal:
@@ -79,6 +98,8 @@ class Journal:
         self.log = Log()
         self.log_head: tuple[int, bytes] = (0, self.log.root())
         self.state = initial_state(office.spec)
+        self._seq = 0
+        self._seen_ms: dict[bytes, int] = {}
 
     @classmethod
     def open(cls, directory: RunDirectory, now_ms: int) -> Journal:
@@ -104,49 +125,88 @@ class Journal:
     def close(self) -> None:
         self._engine.dispose()
 
+    def offer(self, envelope: Envelope, record: Record, token: str | None) -> Change:
+        """The change that a record brings about whose signature was checked; its result is a Receipt.
+
+        It is refused with a `RefusedError` that says why; then nothing was stored. An equivocation is refused as well, by a
+        result: the proof is stored, and others are to hear of it.
+        """
+        return Change(lambda entry: self._accept(entry, envelope, record, token), envelope.key)
+
+    def commit(self, changes: Sequence[Change], now_ms: int) -> tuple[list[object], set[str]]:
+        """Carry out changes, in their order, in one transaction; returns their results, and the topics to wake.
+
+        In place of a result stands the exception of a change that failed. One that failed half-way costs the others nothing.
+        """
+        try:
+            with self._entry(now_ms) as entry:
+                entry.archive.prefetch({change.key for change in changes if change.key is not None})
+                results = [_carried_out(change, entry) for change in changes]
+        except Exception as error:  # noqa: BLE001  # handed on to whom it concerns
+            if len(changes) == 1:
+                return [error], set()
+            log.warning("a group of %d changes is carried out one by one: %s", len(changes), error)
+            results, topics = [], set[str]()
+            for change in changes:
+                result, woken = self.commit([change], now_ms)
+                results += result
+                topics |= woken
+            return results, topics
+        return results, entry.topics
+
     def submit(
         self, envelope: Envelope, record: Record, token: str | None, now_ms: int
     ) -> tuple[Receipt | RefusedError, set[str]]:
-        """Accept a record whose signature was checked; returns the receipt, and the topics to wake.
-
-        In place of the receipt an equivocation gets the refusal: the proof is stored, and others are to hear of it.
+        """Accept one record by itself.
 
         Raises:
             RefusedError: says why; nothing was stored.
         """
+        (result,), topics = self.commit([self.offer(envelope, record, token)], now_ms)
+        if isinstance(result, Receipt) or (isinstance(result, RefusedError) and topics):
+            return result, topics
+        assert isinstance(result, Exception)
+        raise result
+
+    def _accept(self, entry: Entry, envelope: Envelope, record: Record, token: str | None) -> Receipt | RefusedError:
         if self._recovery is not None:
-            refusal = self._recovery.compare(envelope, record)
-            return refusal or Receipt(record.hash, record.kind, None, new=False), set()
-        with self._entry(now_ms) as entry:
-            known = entry.archive.find(record.kind, record.round, record.sequence, envelope.key)
-            if known is not None and known.hash != record.hash:
-                entry.expose(Envelope.decode(known.envelope), envelope)
-                refusal = RefusedError(
-                    f"this identity signed a different {record.kind} of round {record.round}, sequence {record.sequence}",
-                    status=409,
-                    code="equivocation",
-                )
-                return refusal, entry.topics
-            # Anything repeated but a heartbeat may come from somebody else, and says nothing new.
-            if known is not None and not isinstance(record, Ready):
-                return Receipt(known.hash, known.kind, known.leaf, new=False), entry.topics
-            event = admit(entry.archive, self.spec, entry.state, Applicant(envelope.key), record)
-            invite = None
-            if isinstance(record, Registration):
-                invite = self._entrance.admit(entry.archive, envelope.key, token, now_ms)
-            row = known or entry.append(envelope, record)
-            entry.heard(envelope.key)
-            if isinstance(record, Registration):
-                assert row.leaf is not None
-                entry.register(envelope.key, record, row.leaf, invite)
-            elif isinstance(record, Verdict | PartVerdict):
-                entry.note_verdict(envelope.key, record)
-            elif isinstance(record, Equivocation):
-                entry.note_equivocation(record)
-            if event is not None:
-                entry.apply(event)
-            entry.topics |= {f"{topic}:{record.round}" for kind, topic in WOKEN.items() if isinstance(record, kind)}
-            return Receipt(row.hash, row.kind, row.leaf, new=known is None), entry.topics
+            self._recovery.compare(entry.archive, envelope, record)
+            return Receipt(record.hash, record.kind, None, new=False)
+        applicant = Applicant(envelope.key)
+        if isinstance(record, Ready):
+            event = admit(entry.archive, self.spec, entry.state, applicant, record)
+            assert isinstance(event, NodeReady)
+            entry.present(event)
+            return Receipt(record.hash, record.kind, None, new=True)
+        known = entry.find(record, envelope.key)
+        if known is not None and known.hash != record.hash:
+            entry.expose(Envelope.decode(known.envelope), envelope)
+            return RefusedError(
+                f"this identity signed a different {record.kind} of round {record.round}, sequence {record.sequence}",
+                status=409,
+                code="equivocation",
+            )
+        if known is not None:
+            return Receipt(known.hash, known.kind, known.leaf, new=False, signed=known.receipt)
+        if not isinstance(record, ONE_BY_ONE):
+            entry.flush()  # what it is checked against may be in this group
+        admitted = admit(entry.archive, self.spec, entry.state, applicant, record)
+        invite = None
+        if isinstance(record, Registration):
+            invite = self._entrance.admit(entry.archive, envelope.key, token, entry.now_ms)
+        stored = entry.append(envelope, record)
+        entry.heard.add(envelope.key)
+        if isinstance(record, Registration):
+            assert stored.leaf is not None
+            entry.register(envelope.key, record, stored.leaf, invite)
+        elif isinstance(record, Verdict | PartVerdict):
+            entry.note_verdict(envelope.key, record)
+        elif isinstance(record, Equivocation):
+            entry.note_equivocation(record)
+        if admitted is not None:
+            entry.apply(admitted)
+        entry.topics |= {f"{topic}:{record.round}" for kind, topic in WOKEN.items() if isinstance(record, kind)}
+        return Receipt(stored.hash, stored.kind, stored.leaf, new=True, signed=stored.receipt)
 
     def tick(self, now_ms: int) -> set[str]:
         """Let time pass; returns the topics to wake."""
@@ -154,35 +214,37 @@ class Journal:
             return self._recovered(now_ms)
         if advance(self.state, Tick(), now_ms)[0] is self.state:
             return set()
-        with self._entry(now_ms) as entry:
-            entry.apply(Tick())
-            return entry.topics
+        return self._alone(lambda entry: entry.apply(Tick()), now_ms)
 
     def carry_out_orders(self, now_ms: int) -> set[str]:
         """Do what the run owner has ordered since, each in a transaction of its own; returns the topics to wake."""
         topics: set[str] = set()
-        if self._recovery is not None:
-            return topics
-        for number in self.read(lambda archive: orders.open_orders(archive.session, archive.run)):
-            with self._entry(now_ms) as entry:
-                orders.carry_out(entry, number, now_ms)
-                topics |= entry.topics
+        if self._recovery is None:
+            for number in self.read(lambda archive: orders.open_orders(archive.session, archive.run)):
+                topics |= self._alone(functools.partial(orders.carry_out, number=number), now_ms)
         return topics
 
     def appoint(self, role: Role, key: bytes, now_ms: int) -> bool:
         """Give a key an office, once. False if that has to wait: after a restore nothing is signed for a while."""
         if self._recovery is not None:
             return self.read(lambda archive: archive.holds_office(key, role))
-        with self._entry(now_ms) as entry:
+
+        def change(entry: Entry) -> None:
             if not entry.archive.holds_office(key, role):
                 entry.appoint(role, key)
+
+        self._alone(change, now_ms)
         return True
 
     def mark_alive(self, now_ms: int) -> None:
-        """Note that the coordinator is up: only what comes after is down time."""
+        """Note that the coordinator is up, and who was heard of: only what comes after is down time."""
+        seen, self._seen_ms = self._seen_ms, {}
+
+        def change(entry: Entry) -> None:
+            entry.archive.note_seen(seen)
+
         if self._recovery is None:
-            with self._entry(now_ms):
-                pass
+            self._alone(change, now_ms)
 
     @property
     def recovering(self) -> bool:
@@ -199,12 +261,21 @@ class Journal:
         recovery = self._recovery
         if recovery is None or recovery.failure is not None or now_ms < recovery.until_ms:
             return set()
-        with self._entry(now_ms) as entry:
+
+        def change(entry: Entry) -> None:
             recovery.end(entry.archive.session, now_ms)
             entry.apply(Resumed(now_ms - self._alive_ms))
-            log.info("nobody held anything newer than the backup; the run goes on")
+
+        topics = self._alone(change, now_ms)
         self._recovery = None
-        return entry.topics
+        log.info("nobody held anything newer than the backup; the run goes on")
+        return topics
+
+    def _alone(self, carry_out: Callable[[Entry], object], now_ms: int) -> set[str]:
+        (result,), topics = self.commit([Change(carry_out)], now_ms)
+        if isinstance(result, Exception):
+            raise result
+        return topics
 
     def read(self, query: Callable[[Archive], T]) -> T:
         """Run a query on what is committed. From any thread."""
@@ -217,14 +288,18 @@ class Journal:
         size = self.log.size
         try:
             with Session(self._engine) as session, session.begin():
-                session.get_one(RunRow, self.spec.run_id).alive_ms = now_ms
-                entry = Entry(session, self._office, self.state, self.log, now_ms)
+                if self._recovery is None:
+                    alive = update(RunRow).where(RunRow.id == self.spec.run_id).values(alive_ms=now_ms)
+                    session.execute(alive, execution_options={"synchronize_session": False})
+                entry = Entry(session, self._office, self.state, self.log, self._seq, now_ms)
                 yield entry
+                entry.finish()
         except BaseException:
             if self.log.size != size:
                 self.log = Log(self.log.leaf(index) for index in range(size))
             raise
-        self.state = entry.state
+        self.state, self._seq = entry.state, entry.seq
+        self._seen_ms |= dict.fromkeys(entry.heard, now_ms)
         if self.log.size != size:
             self.log_head = (self.log.size, self.log.root())
 
@@ -240,14 +315,21 @@ class Journal:
             self._alive_ms = row.alive_ms
             away_ms = now_ms - row.alive_ms
             self.state = restored_state(session, self.spec)
+            self._seq = session.scalar(select(func.max(EventRow.seq)).filter_by(run=run)) or 0
             self.log = Log(_leaf_hashes(session, run))
             self.log_head = (self.log.size, self.log.root())
             until_ms = now_ms + self.state.policy.presence_ms
             owner = bytes.fromhex(self.spec.coordinator)
-            self._recovery = Recovery.begin(session, self._engine, run, owner, until_ms)
+            self._recovery = Recovery.begin(session, run, owner, self.log, until_ms)
         if away_ms and self._recovery is None:
-            with self._entry(now_ms) as entry:
-                entry.apply(Resumed(away_ms))
+            self._alone(lambda entry: entry.apply(Resumed(away_ms)), now_ms)
+
+
+def _carried_out(change: Change, entry: Entry) -> object:
+    try:
+        return change.carry_out(entry)
+    except RefusedError as error:
+        return error
 
 
 def initial_state(spec: RunSpec) -> State:

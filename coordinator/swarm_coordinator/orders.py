@@ -27,14 +27,14 @@ def open_orders(session: Session, run: bytes) -> Sequence[int]:
     return session.scalars(query.order_by(OrderRow.id)).all()
 
 
-def carry_out(entry: Entry, number: int, now_ms: int) -> None:
+def carry_out(entry: Entry, number: int) -> None:
     """Do what was ordered, and write down what came of it."""
     order = entry.archive.session.get_one(OrderRow, number)
     try:
         order.answer = _done(entry, order.kind, json.loads(order.argument))
     except (ValueError, KeyError, TypeError) as error:
         order.answer = f"the order {order.kind} {order.argument!r:.200} is damaged, and was not carried out: {error}"
-    order.done_ms = now_ms
+    order.done_ms = entry.now_ms
     log.info("the run owner's order %s: %s", order.kind, order.answer)
 
 

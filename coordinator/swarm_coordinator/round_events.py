@@ -33,6 +33,13 @@ class NodeReady:
 
 
 @dataclass(frozen=True, slots=True)
+class Seen:
+    """These nodes repeated what they had offered, or nothing: they are here."""
+
+    peers: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class NodeGone:
     """Its standing ended: it takes no further part."""
 
@@ -108,6 +115,7 @@ class Stop:
 
 Event = (
     NodeReady
+    | Seen
     | NodeGone
     | Committed
     | Sketched

@@ -38,6 +38,7 @@ from swarm_coordinator.round_events import (
     Resumed,
     RevealBeacon,
     Rooted,
+    Seen,
     Sketched,
     Stop,
 )
@@ -57,7 +58,7 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """What the machine needs of a RunSpec. `turn` is how often somebody on probation has a slot before it goes behind others."""
+    """What the machine needs of a RunSpec. After `turn` slots somebody still on probation goes behind others in the queue."""
 
     run: bytes
     rounds: int
@@ -208,7 +209,7 @@ def advance(state: State, event: Event, now_ms: int) -> tuple[State, tuple[Effec
     """Take note of an event at a time, then leave every phase that is over. The same object comes back if nothing changed."""
     state = _noted(state, event, now_ms)
     effects: list[Effect] = []
-    thorough = not isinstance(event, NodeReady)
+    thorough = not isinstance(event, NodeReady | Seen)
     while (step := _step(state, now_ms, thorough=thorough)) is not None:
         state, effect = step
         if effect is not None:
@@ -225,6 +226,10 @@ def _noted(state: State, event: Event, now_ms: int) -> State:
     match event:
         case NodeReady():
             return _note_ready(state, event, now_ms)
+        case Seen(peers=peers):
+            for peer in peers:
+                state = _heard(state, peer, now_ms) if peer in state.nodes else state
+            return state
         case NodeGone(peer=peer) if peer not in state.ended:
             gone = state.gone + (peer in state.slots)
             return replace(_without(state, peer), ended=state.ended | {peer}, gone=gone)
@@ -263,24 +268,34 @@ def _noted(state: State, event: Event, now_ms: int) -> State:
             return state
 
 
+def offered(state: State, event: NodeReady) -> Offer | None:
+    """The offer that a node makes for this round, or for the next one once its checkpoint is there; else None."""
+    this_round = event.round == state.round and event.base == state.base
+    next_round = event.round == state.round + 1 and state.phase is Phase.OPENING and event.base == state.root
+    if not this_round and not next_round:
+        return None
+    return Offer(
+        event.round,
+        event.base,
+        event.tokens_per_s,
+        event.can_reduce,
+        event.accepted,
+        event.upload_bytes_per_s,
+        event.trusted,
+        event.since,
+    )
+
+
+def repeats(state: State, event: NodeReady) -> bool:
+    """Whether a node says nothing new, but that it is here."""
+    node = state.nodes.get(event.peer)
+    return node is not None and offered(state, event) in (node.offer, None)
+
+
 def _note_ready(state: State, event: NodeReady, now_ms: int) -> State:
     if event.peer in state.ended or state.phase is Phase.FINISHED:
         return state
-    offer = None
-    this_round = event.round == state.round and event.base == state.base
-    next_round = event.round == state.round + 1 and state.phase is Phase.OPENING and event.base == state.root
-    if this_round or next_round:
-        offer = Offer(
-            event.round,
-            event.base,
-            event.tokens_per_s,
-            event.can_reduce,
-            event.accepted,
-            event.upload_bytes_per_s,
-            event.trusted,
-            event.since,
-        )
-    return _heard(state, event.peer, now_ms, offer)
+    return _heard(state, event.peer, now_ms, offered(state, event))
 
 
 def _heard(state: State, peer: bytes, now_ms: int, offer: Offer | None = None) -> State:

@@ -8,7 +8,8 @@ probation takes, and is still on it, goes behind those who have not. So nobody w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -60,6 +61,32 @@ def seated(state: State, ready: Sequence[Node]) -> Sequence[Node]:
             break
         count += 1
     return [*trusted[: policy.max_nodes - count], *new[:count]]
+
+
+@dataclass(frozen=True)
+class Line:
+    """Who can expect what of the next round: `next_up` a slot, those in `queued` a turn later, by their place from 1.
+
+    `room` is how many on probation may train at once, None where they do not queue.
+    """
+
+    next_up: frozenset[bytes]
+    queued: Mapping[bytes, int]
+    room: int | None
+
+
+def line(state: State, present: Callable[[Node], bool]) -> Line:
+    """The next round's slots as far as can be said: by those who are here, and those who train right now."""
+    here = [
+        node for node in state.nodes.values() if node.offer is not None and (present(node) or node.peer in state.slots)
+    ]
+    chosen = seated(state, here)
+    waiting = queue(state, here) if state.policy.budget < 1.0 else []
+    room = sum(not _offer(node).trusted for node in chosen) if waiting else None
+    behind = waiting[room:] if room is not None else []
+    return Line(
+        frozenset(node.peer for node in chosen), {node.peer: place for place, node in enumerate(behind, 1)}, room
+    )
 
 
 def most(state: State) -> int:

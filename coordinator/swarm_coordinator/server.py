@@ -1,7 +1,7 @@
 """`swarm-coordinator serve`: the API, the run's clock and the run owner's workers, from start to a clean end.
 
-The first SIGINT or SIGTERM answers what waits, ends the workers and exits with 0. The second exits at once, with 130: what was
-acknowledged is on disk already, and the kernel ends the workers.
+The first SIGINT or SIGTERM answers what waits, ends the workers and exits with 0. The second exits at once, with 130: what
+was acknowledged is on disk already, and the kernel ends the workers.
 """
 
 from __future__ import annotations

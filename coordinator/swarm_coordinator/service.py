@@ -1,4 +1,4 @@
-"""One run as a service: a single writer thread, a clock that ticks, and long-polls that wake after commits.
+"""One run as a service: a single writer with group commits, a clock that ticks, long-polls that wake after commits.
 
 `submit` returns when the record and everything that follows from it is on disk. A caller that is cancelled cancels no
 transaction.
@@ -16,13 +16,13 @@ from typing import TypeVar
 
 from sqlalchemy.exc import SQLAlchemyError
 
+from swarm_coordinator.answers import Answers
 from swarm_coordinator.db.archive import Archive
-from swarm_coordinator.journal import Journal, Receipt
+from swarm_coordinator.journal import Change, Journal, Receipt
 from swarm_coordinator.rounds import State
 from swarm_coordinator.run_directory import RunDirectory
 from swarm_coordinator.store import Store
-from swarm_coordinator.topics import Topics
-from swarm_protocol.errors import RefusedError
+from swarm_coordinator.topics import Event, Topics
 from swarm_protocol.identity import Identity
 from swarm_protocol.records import Envelope, Role
 from swarm_protocol.spec import RunSpec
@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 
 TICK_S = 0.25
 ALIVE_S = 2.0
+MAX_GROUP = 256
+SMALL_BYTES = 1 << 13
 
 T = TypeVar("T")
 
@@ -49,8 +51,11 @@ class Service:
         self._journal = journal
         self._clock = clock
         self._topics = Topics()
+        self._answers = Answers()
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="journal")
         self._loop = asyncio.get_running_loop()
+        self._waiting: list[tuple[Change, asyncio.Future[object]]] = []
+        self._draining: asyncio.Task[None] | None = None
 
     @property
     def spec(self) -> RunSpec:
@@ -89,16 +94,10 @@ class Service:
             RefusedError: a record that is not accepted, and why.
         """
         envelope = Envelope.decode(data)
-        record = await asyncio.to_thread(envelope.open)
-
-        def change() -> Receipt:
-            answer, topics = self._journal.submit(envelope, record, token, self._clock())
-            self._wake(topics)
-            if isinstance(answer, RefusedError):
-                raise answer
-            return answer
-
-        return await self._write(change)
+        record = envelope.open() if len(data) <= SMALL_BYTES else await asyncio.to_thread(envelope.open)
+        receipt = await self._commit(self._journal.offer(envelope, record, token))
+        assert isinstance(receipt, Receipt)
+        return receipt
 
     async def tick(self) -> None:
         """Let the phases that are over end, and do what the run owner has ordered."""
@@ -109,9 +108,25 @@ class Service:
         """Give a key an office, once. False if that has to wait until a restored run goes on."""
         return await self._write(lambda: self._journal.appoint(role, key, self._clock()))
 
+    async def mark_alive(self) -> None:
+        """Note that the coordinator is up, and when nodes were last heard of."""
+        await self._write(lambda: self._journal.mark_alive(self._clock()))
+
     async def read(self, query: Callable[[Archive], T]) -> T:
         """Run a query on what is committed."""
         return await asyncio.to_thread(self._journal.read, query)
+
+    async def lasting(self, topic: str, query: Callable[[Archive], bytes | None], wait_s: float) -> bytes | None:
+        """As `poll`, for what never changes once it is there: however many wait, one query is made per wake-up."""
+        deadline_s = self._loop.time() + wait_s
+        while True:
+            known = self._answers.get(topic)
+            if known is not None:
+                return known
+            event = self._topics.event(topic)
+            found = await self._answers.ask(topic, event, lambda: self.read(query))
+            if found is not None or not await self._woken(event, deadline_s):
+                return found
 
     async def poll(self, topic: str, query: Callable[[Archive], T | None], wait_s: float) -> T | None:
         """Run a query until it finds something, again whenever the topic wakes; None after `wait_s`."""
@@ -119,14 +134,20 @@ class Service:
         while True:
             event = self._topics.event(topic)
             found = await self.read(query)
-            remaining_s = deadline_s - self._loop.time()
-            if found is not None or remaining_s <= 0 or self._topics.closed:
+            if found is not None or not await self._woken(event, deadline_s):
                 return found
-            try:
-                async with asyncio.timeout(remaining_s):
-                    await event.wait()
-            except TimeoutError:
-                return None
+
+    async def _woken(self, event: Event, deadline_s: float) -> bool:
+        """Wait for an event; False if it is no use to wait, or any longer."""
+        remaining_s = deadline_s - self._loop.time()
+        if remaining_s <= 0 or self._topics.closed:
+            return False
+        try:
+            async with asyncio.timeout(remaining_s):
+                await event.wait()
+        except TimeoutError:
+            return False
+        return True
 
     def stop_waiting(self) -> None:
         """Answer all long-polls now: the coordinator is going away."""
@@ -141,14 +162,39 @@ class Service:
                 await self.tick()
                 if self._loop.time() - alive_s >= ALIVE_S:
                     alive_s = self._loop.time()
-                    await self._write(lambda: self._journal.mark_alive(self._clock()))
+                    await self.mark_alive()
             except SQLAlchemyError:
                 log.exception("the database refused a write; is the disk full?")
 
     async def close(self) -> None:
         self.stop_waiting()
+        if self._draining is not None:
+            await self._draining
         await asyncio.to_thread(self._writer.shutdown)
         self._journal.close()
+
+    async def _commit(self, change: Change) -> object:
+        """The result of a change once it is on disk, in one transaction with others that came meanwhile."""
+        done: asyncio.Future[object] = self._loop.create_future()
+        self._waiting.append((change, done))
+        if self._draining is None or self._draining.done():
+            self._draining = self._loop.create_task(self._drain())
+        return await done
+
+    async def _drain(self) -> None:
+        while self._waiting:
+            group = self._waiting[:MAX_GROUP]
+            del self._waiting[:MAX_GROUP]
+            changes = [change for change, _ in group]
+            results, topics = await self._write(lambda: self._journal.commit(changes, self._clock()))  # noqa: B023
+            self._topics.wake(topics)
+            for (_, done), result in zip(group, results, strict=True):
+                if done.cancelled():
+                    continue
+                if isinstance(result, Exception):
+                    done.set_exception(result)
+                else:
+                    done.set_result(result)
 
     async def _write(self, change: Callable[[], T]) -> T:
         return await self._loop.run_in_executor(self._writer, change)

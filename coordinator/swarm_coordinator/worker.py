@@ -116,7 +116,12 @@ class CheckpointWorker:
         try:
             self._evaluations.put_nowait(checkpoint)
             while checkpoint.round < self._spec.rounds.count:
-                checkpoint = await self._round(checkpoint)
+                try:
+                    checkpoint = await self._round(checkpoint)
+                except RefusedError as error:
+                    if error.code != "run-finished":
+                        raise
+                    break
                 await self._evaluations.put(checkpoint)
             await self._evaluations.join()
         finally:

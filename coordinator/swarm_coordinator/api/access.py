@@ -74,6 +74,6 @@ def missing(what: str) -> RefusedError:
 async def polled(
     service: Service, topic: str, query: Callable[[Archive], bytes | None], wait_s: float, media_type: str = CBOR
 ) -> Response:
-    """What a query finds, or 204 if it finds nothing within `wait_s`."""
-    found = await service.poll(topic, query, wait_s)
+    """What a query finds that never changes once it is there, or 204 if it finds nothing within `wait_s`."""
+    found = await service.lasting(topic, query, wait_s)
     return Response(status_code=204) if found is None else Response(found, media_type=media_type)

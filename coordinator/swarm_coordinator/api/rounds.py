@@ -6,6 +6,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Response
 
+from swarm_coordinator.admission import finished
 from swarm_coordinator.api.access import CBOR, RoundNumber, TheRun, Wait, binary, check_round, missing, polled
 from swarm_coordinator.api.models import OpenAudit, RoundDetail
 from swarm_coordinator.api.problems import documented
@@ -44,8 +45,8 @@ async def plan(run: TheRun, number: RoundNumber, wait_s: Wait = 0.0) -> Response
         check_round(run.spec, number)
 
     def query(archive: Archive) -> bytes | None:
-        if number == run.spec.rounds.count and run.state.phase is Phase.FINISHED:
-            raise RefusedError("the run has finished; thank you", status=410, code="run-finished")
+        if number >= run.state.round and run.state.phase is Phase.FINISHED:
+            raise RefusedError(finished(run.state), status=410, code="run-finished")
         row = archive.round(number)
         return None if row is None else _envelope(archive, row.plan)
 
@@ -112,11 +113,12 @@ async def sketches(
 ) -> Response:
     check_round(run.spec, number)
 
-    def query(archive: Archive) -> bytes | None:
+    def query(archive: Archive) -> list[Envelope] | None:
         rows = archive.of_round((Sketches.kind, SketchObjection.kind), number)[after:]
-        return encode_list([Envelope.decode(row.envelope) for row in rows]) if rows else None
+        return [Envelope.decode(row.envelope) for row in rows] or None
 
-    return await polled(run, f"sketches:{number}", query, wait_s)
+    found = await run.poll(f"sketches:{number}", query, wait_s)
+    return Response(encode_list(found), media_type=CBOR) if found else Response(status_code=204)
 
 
 @router.get(

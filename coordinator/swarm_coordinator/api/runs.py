@@ -54,7 +54,8 @@ async def spec(run: TheRun) -> Response:
     tags=["records"],
     summary="Hand in a signed record",
     description="An encoded Envelope of at most 1 MiB. 201 for a new record; 200, with the same receipt, for one that was "
-    "accepted before; 409 with the code `equivocation` for another one under the same name. A registration carries the "
+    "accepted before; 409 with the code `equivocation` for another one under the same name. Heartbeats are not kept, and are "
+    "always new. A registration carries the "
     "run's token, if it has one, as a bearer token.",
     status_code=201,
     responses={
@@ -71,7 +72,8 @@ async def submit(
     scheme, _, token = (authorization or "").partition(" ")
     receipt = await run.submit(await _bounded_body(request), token.strip() if scheme.lower() == "bearer" else None)
     response.status_code = 201 if receipt.new else 200
-    return ReceiptModel(hash=receipt.hash.hex(), kind=receipt.kind, leaf=receipt.leaf)
+    signed = None if receipt.signed is None else receipt.signed.hex()
+    return ReceiptModel(hash=receipt.hash.hex(), kind=receipt.kind, leaf=receipt.leaf, receipt=signed)
 
 
 @router.get(

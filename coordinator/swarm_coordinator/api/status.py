@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from swarm_coordinator import books
+from swarm_coordinator import books, recovery
 from swarm_coordinator.api.models import (
     AuditCounts,
     CheckpointName,
@@ -71,6 +71,9 @@ def run_status(spec: RunSpec, state: State, archive: Archive) -> RunStatus:
         rounds=spec.rounds.count,
         phase=state.phase,
         phase_ends_ms=state.phase_ends_ms,
+        paused=state.paused,
+        ended=state.stopping,
+        recovering=recovery.is_pending(archive),
         peers=_peers(archive),
         checkpoint=newest_checkpoint(spec, archive),
         parameters=spec.model.num_parameters,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
-from sqlalchemy import func, select, update
+from sqlalchemy import bindparam, func, select, update
 from sqlalchemy.orm import Session
 
 from swarm_coordinator.db.tables import (
@@ -19,7 +19,7 @@ from swarm_coordinator.db.tables import (
     RoundRow,
     VerdictRow,
 )
-from swarm_protocol.records import Envelope, Outcome, Record, Role, parse
+from swarm_protocol.records import Commitment, Envelope, Outcome, Record, Role, parse
 
 R = TypeVar("R", bound=Record)
 
@@ -28,6 +28,7 @@ class Archive:
     def __init__(self, session: Session, run: bytes) -> None:
         self.session = session
         self.run = run
+        self._held: list[NodeRow] = []
 
     def find(self, kind: str, round_number: int, sequence: int, signer: bytes) -> RecordRow | None:
         """The one record under this name, if there is one."""
@@ -59,6 +60,32 @@ class Archive:
     def equivocated(self, key: bytes) -> bool:
         """Whether it is proved that this key signed two records under one name."""
         return self.session.get(EquivocationRow, (self.run, key)) is not None
+
+    def commitments(self, round_number: int) -> dict[bytes, bytes]:
+        """The encoded Envelopes of all commitments to a round, by their hash."""
+        columns = select(RecordRow.hash, RecordRow.envelope)
+        query = columns.filter_by(run=self.run, kind=Commitment.kind, round=round_number)
+        return {row.hash: row.envelope for row in self.session.execute(query)}
+
+    def prefetch(self, keys: Iterable[bytes]) -> None:
+        """Load these nodes at once: `node` then asks the database no more in this transaction."""
+        query = select(NodeRow).where(NodeRow.run == self.run, NodeRow.key.in_(list(keys)))
+        self._held += self.session.scalars(query)  # the session itself holds them weakly
+
+    def note_seen(self, seen_ms: Mapping[bytes, int]) -> None:
+        """Note when nodes were last heard of, by their keys."""
+        if seen_ms:
+            self.session.connection().execute(
+                update(NodeRow)
+                .where(NodeRow.run == self.run, NodeRow.key == bindparam("node"))
+                .values(last_seen_ms=bindparam("at_ms")),
+                [{"node": key, "at_ms": at_ms} for key, at_ms in seen_ms.items()],
+            )
+
+    def vouched_tokens(self) -> dict[bytes, int]:
+        """What audits have vouched for, of each identity."""
+        query = select(NodeRow.key, NodeRow.vouched_tokens).filter_by(run=self.run)
+        return {row.key: row.vouched_tokens for row in self.session.execute(query)}
 
     def leaves(self, start: int, count: int) -> Sequence[RecordRow]:
         """Entries of the log, from leaf `start` on."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import os
 import sys
@@ -73,6 +74,24 @@ def run_spec() -> RunSpec:
         rounds=RoundsSpec(),
         audit=AuditSpec(),
     )
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Any]:
+    """A PostgreSQL server (see `postgres.py`); skips where there is none."""
+    specification = importlib.util.spec_from_file_location("tests_postgres", Path(__file__).with_name("postgres.py"))
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    with module.server() as found:
+        yield found
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.swarm)])
+def database_url(request: pytest.FixtureRequest) -> str | None:
+    """The URL of a database for a run, of every kind that there is; None for the run's own."""
+    return None if request.param == "sqlite" else str(request.getfixturevalue("postgres").database())
 
 
 _FUSED = "swarm_protocol.exact.fused"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
-from swarm_coordinator.api import admission, objects, problems, rounds, runs
+from swarm_coordinator.api import admission, ledger, objects, problems, rounds, runs
 from swarm_coordinator.service import Service
 from swarm_protocol import __version__
 
@@ -15,6 +15,7 @@ _TAGS = [
     {"name": "records", "description": "Signed records: canonical CBOR, accepted once, never changed."},
     {"name": "rounds", "description": "What nodes and the checkpoint worker follow, in the order of a round."},
     {"name": "audits", "description": "What auditors follow."},
+    {"name": "credit", "description": "The ledger: verified work, in megaflops, and signed certificates of it."},
     {"name": "objects", "description": "Bytes by their hash."},
     {"name": "log", "description": "The append-only Merkle log of the run's records (RFC 6962)."},
 ]
@@ -30,7 +31,7 @@ def create_app(service: Service) -> FastAPI:
         generate_unique_id_function=_operation,
     )
     app.state.service = service
-    for module in (runs, rounds, objects, admission):
+    for module in (runs, rounds, objects, ledger, admission):
         app.include_router(module.router)
     problems.install(app)
     return app

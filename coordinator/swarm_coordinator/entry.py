@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
-from swarm_coordinator.books import Books
+from swarm_coordinator.books import Books, Cause
 from swarm_coordinator.db.archive import Archive
 from swarm_coordinator.db.machine_codec import encode_state
 from swarm_coordinator.db.tables import (
@@ -45,7 +45,7 @@ from swarm_coordinator.round_events import (
     RevealBeacon,
     Seen,
 )
-from swarm_coordinator.rounds import Phase, State, advance, repeats
+from swarm_coordinator.rounds import State, advance, repeats
 from swarm_protocol import encoding, equivocation
 from swarm_protocol.draw import Drawable, chain_value, drawn, drawn_parts
 from swarm_protocol.errors import InvalidDataError
@@ -70,6 +70,7 @@ from swarm_protocol.records import (
     Role,
     RoundManifest,
     RoundPlan,
+    RunEnd,
     SlotHash,
     SlotNonce,
     Verdict,
@@ -99,7 +100,7 @@ class Entry:
 
     def __init__(self, session: Session, office: Office, state: State, log: Log, seq: int, now_ms: int) -> None:
         self.archive = Archive(session, office.spec.run_id)
-        self._books = Books(session, self.archive, office.spec.audit)
+        self._books = Books(session, self.archive, office.spec, self._sign)
         self.state = state
         self.topics: set[str] = set()
         self.heard: set[bytes] = set()
@@ -179,6 +180,7 @@ class Entry:
             node.invited = True
         node.name, node.agent, node.device = record.name, record.agent, record.device
         node.fingerprint, node.last_seen_ms = record.fingerprint, self.now_ms
+        node.team = record.team
 
     def appoint(self, role: Role, key: bytes) -> None:
         """Give a key an office, by a signed record."""
@@ -186,8 +188,8 @@ class Entry:
         self._sign(Appointment(run=self._run, round=0, sequence=sequence, role=role, key=key))
         self._session.add(OfficeRow(run=self._run, key=key, role=role.value))
 
-    def note_verdict(self, auditor: bytes, verdict: Verdict | PartVerdict) -> None:
-        """Count a verdict; once an audit is resolved its outcome stays, and may end the node's standing."""
+    def note_verdict(self, auditor: bytes, verdict: Verdict | PartVerdict, stored: Stored) -> None:
+        """Count a stored verdict; once an audit is resolved its outcome stays, and may end the node's standing."""
         part = verdict.part if isinstance(verdict, PartVerdict) else CONTRIBUTION
         audit = self.archive.audit(verdict.round, verdict.slot, part)
         assert audit is not None
@@ -215,11 +217,14 @@ class Entry:
         )
         if outcome is None:
             return
-        reason = self._books.resolved(audit, outcome, verdict.reason)
+        cause = Cause.of(stored)
+        reason = self._books.resolved(audit, outcome, verdict.reason, cause)
         if reason is not None:
             self.archive.drop_audits(audit.peer)
+        self._books.settle(cause)
+        self._state_if_ended()
+        if reason is not None:
             self.apply(NodeGone(audit.peer))
-        self._settle()
 
     def expose(self, first: Envelope, second: Envelope) -> None:
         """Sign, store and act on the proof that somebody signed both of these, once; heartbeats prove nothing."""
@@ -233,35 +238,33 @@ class Entry:
         report = Equivocation(
             run=self._run, round=proved.round, sequence=sequence, first=first.encode(), second=second.encode()
         )
-        self._sign(report)
-        self.note_equivocation(report)
+        self.note_equivocation(report, self._sign(report))
 
-    def note_equivocation(self, report: Equivocation) -> None:
+    def note_equivocation(self, report: Equivocation, stored: Stored) -> None:
         """End the standing of the key that a stored report proves to have signed two records under one name."""
         proved = equivocation.proved_by(report)
         self._session.add(EquivocationRow(run=self._run, key=proved.key, report=report.hash))
         node = self.archive.node(proved.key)
         log.warning("%s %s; the proof is record %s", peer_id(proved.key), proved.what, report.hash.hex())
         if node is not None and node.ended_reason is None:
-            self._end_standing(node, proved.what)
+            self._end_standing(node, proved.what, Cause.of(stored))
 
     def ban(self, key: bytes, reason: str) -> bool:
-        """End an identity's standing by the run owner's word, in a signed record; False if there was none to end."""
+        """End an identity's standing, by a signed record; False for one that never came or has lost it."""
         node = self.archive.node(key)
         if node is None or node.ended_reason is not None:
             return False
         sequence = self.archive.count(Ban.kind, self._office.identity.public_key)
-        ban = Ban(run=self._run, round=self.state.round, sequence=sequence, key=key, reason=reason)
-        self._sign(ban)
-        self._end_standing(node, f"banned by the run owner: {reason}")
+        stored = self._sign(Ban(run=self._run, round=0, sequence=sequence, key=key, reason=reason))
+        self._end_standing(node, reason, Cause.of(stored))
         self.topics.add("audits")
-        self._settle()
         return True
 
-    def _end_standing(self, node: NodeRow, reason: str) -> None:
+    def _end_standing(self, node: NodeRow, reason: str, cause: Cause) -> None:
         node.ended_reason = reason
-        self._books.ended(node.key, reason)
+        self._books.forfeit(node.key, reason, cause)
         self.archive.drop_audits(node.key)
+        self._state_if_ended()
         self.apply(NodeGone(node.key))
 
     def apply(self, event: Event) -> None:
@@ -297,13 +300,32 @@ class Entry:
             case RevealBeacon():
                 self._reveal(effect)
             case Finish():
-                self._settle()
+                self._end_run(effect.reason)
                 self.topics.add(f"plan:{self.state.round}")
+
+    def _end_run(self, reason: str) -> None:
+        """Sign that no round follows, once, and settle what then is due."""
+        if self.archive.ended():
+            return
+        sealed = self.archive.last_sealed()
+        number, root = (
+            (0, bytes.fromhex(self._office.spec.checkpoint)) if sealed is None else (sealed.round + 1, sealed.root)
+        )
+        assert root is not None
+        stored = self._sign(RunEnd(run=self._run, round=number, root=root, reason=reason))
+        self._books.settle(Cause.of(stored))
+        self._state_if_ended()
+
+    def _state_if_ended(self) -> None:
+        """No plan follows any more that a statement could come before."""
+        if self.archive.ended():
+            self._books.state()
 
     def _publish_plan(self, effect: PublishPlan) -> None:
         previous = self.archive.round(effect.round - 1) if effect.round else None
         beacon = previous.beacon if previous is not None else bytes.fromhex(self._office.spec.beacon)
         assert beacon is not None
+        self._books.state()
         plan = RoundPlan(
             run=self._run,
             round=effect.round,
@@ -359,10 +381,10 @@ class Entry:
             base=effect.base,
             root=effect.root,
         )
-        self._sign(manifest)
+        cause = Cause.of(self._sign(manifest))
         row.manifest, row.root, row.sealed_ms = manifest.hash, manifest.root, self.now_ms
-        self._books.credit(self.archive.stored(RoundPlan, row.plan), self._contributions(row))
-        self._settle()
+        self._books.earn(self.archive.stored(RoundPlan, row.plan), self._contributions(row), cause)
+        self._books.settle(cause)
         self.topics.add(f"manifest:{effect.round}")
 
     def _reveal(self, effect: RevealBeacon) -> None:
@@ -376,18 +398,22 @@ class Entry:
             manifest=row.manifest,
             openings=tuple(SlotNonce(slot=slot, nonce=nonce) for slot, nonce in effect.openings),
         )
-        self._sign(reveal)
+        cause = Cause.of(self._sign(reveal))
         row.beacon = reveal.value
         self.archive.prefetch(seat.peer for seat in self.archive.stored(RoundPlan, row.plan).roster)
         plan = self.archive.stored(RoundPlan, row.plan)
         contributions = self._contributions(row)
         candidates = self._candidates(row, plan, contributions)
         chosen = drawn(spec.audit, spec.standard_tokens, reveal, candidates)
-        for slot, commitment in contributions.items():
-            if slot in chosen:
-                self._open_audit(plan, slot, CONTRIBUTION, commitment.hash, chosen[slot])
-            elif self._vouched(row)[slot] // spec.standard_tokens < spec.audit.probation:
-                self._books.unaudited(effect.round, slot)
+        for slot, segments in chosen.items():
+            self._open_audit(plan, slot, CONTRIBUTION, contributions[slot].hash, segments)
+        vouched = self._vouched(row)
+        unaudited = {
+            slot
+            for slot in contributions.keys() - chosen.keys()
+            if vouched[slot] // spec.standard_tokens < spec.audit.probation
+        }
+        self._books.unaudited(effect.round, unaudited, cause)
         self._draw_parts(row, plan, reveal, candidates)
         self.topics |= {f"beacon:{effect.round}", "audits"}
 
@@ -442,11 +468,6 @@ class Entry:
         assert isinstance(found, list)
         return [int(tokens) for tokens in found if isinstance(tokens, int)]
 
-    def _settle(self) -> None:
-        sealed = self.archive.last_sealed()
-        if sealed is not None:
-            self._books.settle(sealed.round, finished=self.state.phase is Phase.FINISHED)
-
     def _contributions(self, row: RoundRow) -> dict[int, Commitment]:
         assert row.commitment_set is not None
         known = self._office.contributions
@@ -462,8 +483,10 @@ class Entry:
         assert row is not None
         return row
 
-    def _sign(self, record: Record) -> None:
-        self.append(Envelope.sign(self._office.identity, record), record)
+    def _sign(self, record: Record) -> Stored:
+        stored = self.append(Envelope.sign(self._office.identity, record), record)
+        self.flush()
+        return stored
 
     def _snapshot(self, seq: int) -> None:
         """Keep the state at the start of a round; what only earlier states were made of is not needed any more."""

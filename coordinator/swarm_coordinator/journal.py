@@ -37,6 +37,7 @@ from swarm_protocol.records import (
     Commitment,
     Envelope,
     Equivocation,
+    LogHead,
     NonceOpening,
     PartHeld,
     PartRecord,
@@ -200,9 +201,9 @@ class Journal:
             assert stored.leaf is not None
             entry.register(envelope.key, record, stored.leaf, invite)
         elif isinstance(record, Verdict | PartVerdict):
-            entry.note_verdict(envelope.key, record)
+            entry.note_verdict(envelope.key, record, stored)
         elif isinstance(record, Equivocation):
-            entry.note_equivocation(record)
+            entry.note_equivocation(record, stored)
         if admitted is not None:
             entry.apply(admitted)
         entry.topics |= {f"{topic}:{record.round}" for kind, topic in WOKEN.items() if isinstance(record, kind)}
@@ -235,6 +236,11 @@ class Journal:
 
         self._alone(change, now_ms)
         return True
+
+    def signed_head(self, size: int) -> Envelope:
+        """The head of the log when it had so many committed leaves. It follows from the log alone: always the same bytes."""
+        head = LogHead(run=self.spec.run_id, round=0, sequence=size, root=self.log.root(size))
+        return Envelope.sign(self._office.identity, head)
 
     def mark_alive(self, now_ms: int) -> None:
         """Note that the coordinator is up, and who was heard of: only what comes after is down time."""

@@ -17,12 +17,15 @@ from typing import TypeVar
 from sqlalchemy.exc import SQLAlchemyError
 
 from swarm_coordinator.answers import Answers
+from swarm_coordinator.certificates import Certificates
 from swarm_coordinator.db.archive import Archive
 from swarm_coordinator.journal import Change, Journal, Receipt
 from swarm_coordinator.rounds import State
 from swarm_coordinator.run_directory import RunDirectory
 from swarm_coordinator.store import Store
 from swarm_coordinator.topics import Event, Topics
+from swarm_protocol.certificate import Certificate
+from swarm_protocol.errors import RefusedError
 from swarm_protocol.identity import Identity
 from swarm_protocol.records import Envelope, Role
 from swarm_protocol.spec import RunSpec
@@ -52,6 +55,8 @@ class Service:
         self._clock = clock
         self._topics = Topics()
         self._answers = Answers()
+        self._certificates = Certificates(journal.spec)
+        self._signed_head = (0, b"")
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="journal")
         self._loop = asyncio.get_running_loop()
         self._waiting: list[tuple[Change, asyncio.Future[object]]] = []
@@ -85,6 +90,55 @@ class Service:
     def now_ms(self) -> int:
         """The service's own time."""
         return self._clock()
+
+    def signed_head(self) -> tuple[int, bytes, bytes]:
+        """Size and root of the log as of the last commit, and the encoded Envelope of its LogHead."""
+        size, root = self.log_head
+        return size, root, self._head(size)
+
+    def inclusion_proof(self, leaf: int, size: int | None) -> tuple[int, tuple[bytes, ...]]:
+        """That a leaf is in the log of `size` leaves, by default of all; the size and the proof.
+
+        Raises:
+            RefusedError: the log is not that long, or has no such leaf.
+        """
+        size = self._logged(size)
+        if leaf >= size:
+            raise RefusedError(f"a log of {size} leaves has no leaf {leaf}", status=422, code="no-such-leaf")
+        return size, self._journal.log.inclusion_proof(leaf, size)
+
+    def consistency_proof(self, old: int, size: int | None) -> tuple[int, tuple[bytes, ...]]:
+        """That the log of `size` leaves, by default all, extends that of `old`; the size and the proof.
+
+        Raises:
+            RefusedError: the log is not that long.
+        """
+        size = self._logged(size)
+        if old > size:
+            raise RefusedError(f"a log of {size} leaves extends none of {old}", status=422, code="no-such-size")
+        return size, self._journal.log.consistency_proof(old, size)
+
+    async def certificate(self, key: bytes) -> Certificate | None:
+        """What an identity has earned, signed; None if no statement has it yet."""
+
+        def log_proof(leaf: int) -> tuple[tuple[bytes, ...], bytes]:
+            size = max(self.log_head[0], leaf + 1)
+            return self._journal.log.inclusion_proof(leaf, size), self._head(size)
+
+        return await self.read(lambda archive: self._certificates.of(archive, key, log_proof))
+
+    def _head(self, size: int) -> bytes:
+        newest, signed = self._signed_head
+        if not signed or newest != size:
+            signed = self._journal.signed_head(size).encode()
+            self._signed_head = (size, signed)
+        return signed
+
+    def _logged(self, size: int | None) -> int:
+        committed, _ = self.log_head
+        if size is not None and size > committed:
+            raise RefusedError(f"the log has {committed} leaves, not {size}", status=422, code="no-such-size")
+        return committed if size is None else size
 
     async def submit(self, data: bytes, token: str | None) -> Receipt:
         """Accept an encoded envelope.
@@ -211,7 +265,7 @@ async def open_service(directory: RunDirectory, clock: Callable[[], int] | None 
         ConfigurationError: there is no run, or it is damaged.
     """
     clock = clock or steady_clock()
-    service = Service(Journal.open(directory, clock()), Store(directory.objects), clock)
+    service = Service(Journal.open(directory, clock()), Store(directory.objects_url()), clock)
     try:
         for role, key in offices(directory):
             await service.appoint(role, key)

@@ -1,31 +1,67 @@
 """Content-addressed blobs of a run: checkpoint chunks, data shards, results of rounds; and manifests of checkpoints.
 
-A blob is a file `chunks/<hash>`, so that its folder is also one that `swarm_protocol.data.Dataset` maps. Files are whole or
-not there; several processes may write at once.
+In a folder, or in a bucket of S3 or what speaks like it. A blob is the object `chunks/<hash>`; in a folder this is also one
+that `swarm_protocol.data.Dataset` maps. Objects are whole or not there; several processes may write at once.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import obstore
-from obstore.store import LocalStore
+from obstore.exceptions import BaseError
+from obstore.store import LocalStore, S3Store
 
 from swarm_protocol.chunks import Buffer, StateManifest, chunks, content_hash, manifest_of
 from swarm_protocol.errors import ConfigurationError, HashMismatchError
+from swarm_protocol.files import write_atomic
 
 
 class Store:
-    """Thread-safe. Its folder is made on first use."""
+    """Thread-safe. `folder` is that of a local store, which is made on first use; None for a bucket."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.chunks_folder = folder / "chunks"
-        try:
-            self.chunks_folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigurationError(f"the object store {folder} cannot be made: {error.strerror}") from error
-        self._store = LocalStore(str(folder))
+    def __init__(self, where: Path | str) -> None:
+        """Open a store: a folder, `file:///PATH`, or `s3://BUCKET/PREFIX`, with the usual AWS_* variables.
+
+        Raises:
+            ConfigurationError: it cannot be opened.
+        """
+        url = where if isinstance(where, str) else where.absolute().as_uri()
+        parts = urlsplit(url)
+        self.folder: Path | None = None
+        self._store: LocalStore | S3Store
+        if parts.scheme == "file":
+            self.folder = Path(unquote(parts.path))
+            try:
+                (self.folder / "chunks").mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ConfigurationError(f"the object store {self.folder} cannot be made: {error.strerror}") from error
+            self._store = LocalStore(str(self.folder))
+        elif parts.scheme == "s3":
+            self._store = _bucket(url)
+        else:
+            raise ConfigurationError(f"{url} is neither file:///PATH nor s3://BUCKET/PREFIX")
+
+    def dataset_folder(self, hashes: Iterable[bytes], cache: Path) -> Path:
+        """A folder with these blobs as files that are named by their hash; `cache` is used where the store is a bucket.
+
+        Raises:
+            HashMismatchError: a blob is not there.
+        """
+        if self.folder is not None:
+            return self.folder / "chunks"
+        for digest in hashes:
+            path = cache / digest.hex()
+            if path.exists():
+                continue
+            blob = self.get(digest)
+            if blob is None or content_hash(blob) != digest:
+                raise HashMismatchError(f"the object store lost the blob {digest.hex()}; restore it from a backup")
+            write_atomic(path, blob)
+        return cache
 
     def put(self, digest: bytes, data: bytes) -> None:
         """Store a blob under its hash; one that is there already, whole, stays.
@@ -88,3 +124,18 @@ def _chunk_path(digest: bytes) -> str:
 
 def _checkpoint_path(root: bytes) -> str:
     return f"checkpoints/{root.hex()}"
+
+
+def _bucket(url: str) -> S3Store:
+    """Amazon's, or another's that AWS_ENDPOINT_URL names; http only where that says so."""
+    plain = os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://")
+    try:
+        store = S3Store.from_url(url, client_options={"allow_http": plain, "timeout": "60s", "connect_timeout": "10s"})
+        obstore.list_with_delimiter(store)
+    except (BaseError, OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigurationError(
+            f"the bucket {url} cannot be opened: {first:.300}. Set AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, and "
+            "AWS_ENDPOINT_URL where it is not Amazon's"
+        ) from error
+    return store

@@ -70,7 +70,10 @@ async def run(directory: Path, url: str, host: str | None = None) -> None:
         plane = await PeerPlane.start(home.worker_key, client.spec.run_id, listen=[listen])
         try:
             with SigningLedger(directory / "worker" / "signed.db", identity) as ledger:
-                await CheckpointWorker(client, plane, ledger, Store(home.objects)).run()
+                worker = CheckpointWorker(
+                    client, plane, ledger, Store(home.objects_url()), directory / "worker" / "shards"
+                )
+                await worker.run()
         finally:
             await plane.close()
 
@@ -95,12 +98,15 @@ def _port(path: Path) -> int:
 class CheckpointWorker:
     """One run's checkpoint worker."""
 
-    def __init__(self, client: CoordinatorClient, plane: PeerPlane, ledger: SigningLedger, store: Store) -> None:
+    def __init__(
+        self, client: CoordinatorClient, plane: PeerPlane, ledger: SigningLedger, store: Store, cache: Path
+    ) -> None:
         self._client = client
         self._spec = client.spec
         self._plane = plane
         self._ledger = ledger
         self._store = store
+        self._cache = cache
         self._evaluations: asyncio.Queue[Checkpoint] = asyncio.Queue(maxsize=64)
 
     async def run(self) -> None:
@@ -260,7 +266,9 @@ class CheckpointWorker:
 
     async def _evaluate(self) -> None:
         manifest = DatasetManifest.decode(await self._data_manifest())
-        dataset = Dataset.from_directory(manifest, self._store.chunks_folder)
+        held_out = [shard.hash for shard in manifest.held_out]
+        folder = await asyncio.to_thread(self._store.dataset_folder, held_out, self._cache)
+        dataset = Dataset.from_directory(manifest, folder)
         while True:
             checkpoint = await self._evaluations.get()
             try:

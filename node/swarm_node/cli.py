@@ -192,6 +192,33 @@ def verify_draws(
     raise typer.Exit(verifying_draws.verify(url, as_json=as_json))
 
 
+@verify_app.command("log")
+def verify_log(
+    url: Annotated[str, typer.Argument(help="The coordinator's address.")],
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(help="Where the heads of logs seen before are kept.", show_default="~/.local/share/swarm-node"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="End with one JSON object on stdout.")] = False,
+) -> None:
+    """Download the log and recompute everything: draws, outcomes, credit, balances. Exit code 0 only if all agrees."""
+    from swarm_node import verifying_log
+
+    raise typer.Exit(verifying_log.verify(url, data_dir or default_folder(), as_json=as_json))
+
+
+@verify_app.command("certificate")
+def verify_certificate(
+    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A certificate of credit, as JSON.")],
+    checkpoint: Annotated[str | None, typer.Option(help="The checkpoint's root that it has to be for, in hex.")] = None,
+    run: Annotated[str | None, typer.Option(help="The run id that it has to be of, in hex.")] = None,
+) -> None:
+    """Check offline what a certificate says somebody has earned. Exit code 0 only if it is valid."""
+    from swarm_node import verifying_certificates
+
+    raise typer.Exit(verifying_certificates.verify(file, checkpoint=checkpoint, run=run))
+
+
 @app.command()
 def version() -> None:
     """Print the version of the software and of the protocol."""

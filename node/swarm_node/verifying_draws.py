@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from swarm_protocol.client import CoordinatorClient, persist
 from swarm_protocol.errors import HashMismatchError, InvalidDataError
 from swarm_protocol.history import History
 from swarm_protocol.identity import peer_id
+from swarm_protocol.records import Envelope
 from swarm_protocol.round_history import Drawn
 
 PATIENCE_S = 60.0
@@ -98,23 +99,27 @@ class Check:
         size, root = await self._client.log_head()
         if size < before:
             raise InvalidDataError(f"the log had {before} records and has {size} now")
-        async for envelope in self._client.log(before, size):
+        async for envelope in self.entries(before, size):
             history.add(envelope)
         if history.log.root() != root:
             raise HashMismatchError(f"the {size} records of the log have another root than the coordinator says")
         return size > before
+
+    def entries(self, first: int, size: int) -> AsyncIterator[Envelope]:
+        """The log's records from leaf `first` on, up to a size."""
+        return self._client.log(first, size)
 
     async def status(self) -> list[str]:
         """Counts of audits, and what is said of each identity."""
         status, spec = await self._client.status(), self.history.spec
         differences = []
         for field, averages in (("audits", False), ("part_audits", True)):
-            counts = self._counts(averages=averages)
-            differences += _different(f"{field} in the status", status[field], counts)
+            counts = self.counts(averages=averages)
+            differences += different(f"{field} in the status", status[field], counts)
         known = {peer_id(key): account for key, account in self.history.accounts.items()}
         pending = Counter(peer_id(one.peer) for _, one in self._audits() if one.outcome is None)
         said_of = {str(node["peer"]): node for node in status["nodes"]}
-        differences += _different("who registered", sorted(said_of), sorted(known))
+        differences += different("who registered", sorted(said_of), sorted(known))
         for peer in sorted(said_of.keys() & known.keys()):
             account = known[peer]
             follows = {
@@ -124,7 +129,7 @@ class Check:
                 "pending_audits": pending[peer],
                 "probation": account.vouched_tokens // spec.standard_tokens < spec.audit.probation,
             }
-            differences += _different(peer, said_of[peer], follows)
+            differences += different(peer, said_of[peer], follows)
         return differences
 
     async def round(self, number: int) -> list[str]:
@@ -141,16 +146,16 @@ class Check:
                 "audit": _outcome(audit),
                 "segments": None if audit is None else list(audit.segments),
             }
-            differences += _different(f"round {number}, slot {slot}", said, follows)
+            differences += different(f"round {number}, slot {slot}", said, follows)
         averages = {(one["reducer"], one["part"]): one["audit"] for one in detail["part_records"]}
         drawn = {(slot, part): one for (slot, part), one in audits.items() if part is not None}
         for (slot, part), one in drawn.items():
             said = averages.pop((peer_id(one.peer), part), None)
-            differences += _different(f"round {number}, average of part {part} by slot {slot}", said, _outcome(one))
+            differences += different(f"round {number}, average of part {part} by slot {slot}", said, _outcome(one))
         for (reducer, part), said in averages.items():
-            differences += _different(f"round {number}, average of part {part} by {reducer}", said, None)
+            differences += different(f"round {number}, average of part {part} by {reducer}", said, None)
         follows_count = sum(len(one.verdicts) for one in audits.values())
-        return differences + _different(f"round {number}, verdicts", len(detail["verdicts"]), follows_count)
+        return differences + different(f"round {number}, verdicts", len(detail["verdicts"]), follows_count)
 
     def line(self, number: int) -> str:
         """A round for people."""
@@ -193,7 +198,8 @@ class Check:
     def _audits(self) -> list[tuple[int | None, Drawn]]:
         return [(part, audit) for found in self.history.rounds for (_, part), audit in found.audits.items()]
 
-    def _counts(self, *, averages: bool) -> dict[str, int]:
+    def counts(self, *, averages: bool) -> dict[str, int]:
+        """Audits of contributions, or of averages, by outcome."""
         outcomes = Counter(_outcome(audit) for part, audit in self._audits() if (part is not None) is averages)
         return {"drawn": outcomes.total(), **{name: outcomes[name] for name in OUTCOMES}}
 
@@ -211,7 +217,7 @@ def _only(items: list[dict[str, Any]], **which: object) -> dict[str, Any] | None
     return next((item for item in items if all(item.get(name) == value for name, value in which.items())), None)
 
 
-def _different(what: str, said: object, follows: object) -> list[str]:
+def different(what: str, said: object, follows: object) -> list[str]:
     """A sentence where something else is said than follows; of what has names, only those that differ."""
     if isinstance(said, dict) and isinstance(follows, dict):
         follows = {name: value for name, value in follows.items() if said.get(name) != value}

@@ -34,6 +34,7 @@ from swarm_protocol.records import (
     Commitment,
     CommitmentSet,
     Envelope,
+    LogHead,
     PartRecord,
     Record,
     Role,
@@ -339,12 +340,27 @@ class CoordinatorClient:
 
     async def log_head(self) -> tuple[int, bytes]:
         """Size and root of the transparency log."""
-        value = _json(await self._call("GET", "/log/head", MAX_JSON_BYTES))
+        value = await self.json("/log/head")
         try:
             size, root = int(value["size"]), bytes.fromhex(value["root"])
         except (KeyError, TypeError, ValueError) as error:
             raise InvalidDataError("the coordinator's log head is not a size and a root") from error
         return size, root
+
+    async def signed_log_head(self) -> tuple[LogHead, Envelope]:
+        """The log's head as the coordinator signs it."""
+        try:
+            envelope = Envelope.decode(bytes.fromhex((await self.json("/log/head"))["signed"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise InvalidDataError("the coordinator's log head is not signed") from error
+        return envelope.open_as(LogHead, run=self.spec.run_id, key=self._owner), envelope
+
+    async def json(self, path: str, **params: str | int) -> dict[str, Any]:
+        """Any of the run's routes that answers with a JSON object."""
+        value = _json(await self._call("GET", path, MAX_JSON_BYTES, params=params))
+        if not isinstance(value, dict):
+            raise InvalidDataError(f"the coordinator's answer to {path} is not an object")
+        return value
 
     async def log(self, first: int, size: int) -> AsyncIterator[Envelope]:
         """The log's records in leaf order, from leaf `first` to the end of a log of `size`, asked for as they are taken.

@@ -1,9 +1,9 @@
-"""The run as its log tells it: every draw, what became of it, and everybody's account. Pure, no I/O.
+"""The run as its log tells it: every draw, what became of it, everybody's account and credit. Pure, no I/O.
 
 `History` takes the log's records in leaf order and does again what the coordinator did with each: it keeps the accounts,
-repeats the draws from them, and resolves audits by the verdicts. What it computes follows from the log alone, so that
-anybody can say who had to be audited. It does not show that others see the same log, nor that nothing was kept out of it
-before it was acknowledged. Credit is not computed.
+repeats the draws from them, resolves audits by the verdicts, and moves credit (`ledger_history`). What it computes follows
+from the log alone, so that anybody can say who had to be audited, and who earned what. It does not show that others see the
+same log, nor that nothing was kept out of it before it was acknowledged.
 """
 
 from __future__ import annotations
@@ -13,17 +13,21 @@ from dataclasses import replace
 from swarm_protocol.equivocation import proved_by
 from swarm_protocol.errors import InvalidDataError, SignatureError
 from swarm_protocol.identity import peer_id
+from swarm_protocol.ledger_history import LedgerHistory
 from swarm_protocol.log import Log, leaf_hash
 from swarm_protocol.policy import Account, acceptances_needed, reduction_ruling, resolve, ruling
 from swarm_protocol.records import (
     Appointment,
+    Ban,
     BeaconReveal,
     Commitment,
     CommitmentSet,
+    CreditStatement,
     Envelope,
     Equivocation,
     Evaluation,
     NonceOpening,
+    Outcome,
     PartRecord,
     PartVerdict,
     Record,
@@ -31,21 +35,32 @@ from swarm_protocol.records import (
     Role,
     RoundManifest,
     RoundPlan,
+    RunEnd,
     SketchSet,
     Verdict,
 )
-from swarm_protocol.round_history import Moot, Round
+from swarm_protocol.round_history import Drawn, Moot, Round
 from swarm_protocol.spec import RunSpec
+
+COORDINATORS = (
+    Appointment, RoundPlan, CommitmentSet, RoundManifest, BeaconReveal, CreditStatement, Ban, RunEnd,
+)  # fmt: skip
+"""What the coordinator alone may sign."""
+
+DRIVING = (RoundPlan, CommitmentSet, RoundManifest, BeaconReveal)
+"""What comes no more once the run has ended."""
 
 
 class History:
-    """`add` the log's records in order. `rounds` are those planned so far, `accounts` those of the registered identities."""
+    """`add` the log's records in order. `rounds` are those planned so far, `accounts` those of the registered identities,
+    `ledger` is their credit."""
 
     def __init__(self, spec: RunSpec) -> None:
         self.spec = spec
         self.log = Log()
         self.rounds: list[Round] = []
         self.accounts: dict[bytes, Account] = {}
+        self.ledger = LedgerHistory(spec)
         self._coordinator = bytes.fromhex(spec.coordinator)
         self._offices: set[tuple[Role, bytes]] = set()
         self._names: set[tuple[str, int, int, bytes]] = set()
@@ -73,18 +88,21 @@ class History:
                 raise InvalidDataError(
                     f"a second {record.kind} of round {record.round}, sequence {record.sequence}, by {envelope.peer}"
                 )
+            self.ledger.expect(record)
             self._note(envelope.key, record)
+            self.ledger.close_record()
         except InvalidDataError as error:
             raise InvalidDataError(f"leaf {self.log.size} of the log: {error}") from error
         self._names.add(name)
         self.log.append(leaf_hash(envelope.encode()))
 
     def _note(self, key: bytes, record: Record) -> None:
+        if isinstance(record, COORDINATORS):
+            if key != self._coordinator:
+                raise SignatureError(f"a {record.kind} by {peer_id(key)}, who is not the run's coordinator")
+            self._note_coordinators(record)
+            return
         match record:
-            case Appointment() | RoundPlan() | CommitmentSet() | RoundManifest() | BeaconReveal():
-                if key != self._coordinator:
-                    raise SignatureError(f"a {record.kind} by {peer_id(key)}, who is not the run's coordinator")
-                self._note_coordinators(record)
             case Registration():
                 self.accounts.setdefault(key, Account())
             case Commitment():
@@ -101,9 +119,9 @@ class History:
             case Equivocation():
                 self._equivocated(key, record)
 
-    def _note_coordinators(
-        self, record: Appointment | RoundPlan | CommitmentSet | RoundManifest | BeaconReveal
-    ) -> None:
+    def _note_coordinators(self, record: Record) -> None:
+        if isinstance(record, DRIVING) and self.ledger.ended is not None:
+            raise InvalidDataError(f"a {record.kind} of round {record.round} after the run's end")
         match record:
             case Appointment():
                 self._offices.add((record.role, record.key))
@@ -112,9 +130,20 @@ class History:
             case CommitmentSet():
                 self._round(record).close(record, self._stands)
             case RoundManifest():
-                self._round(record).seal(record)
+                found = self._round(record)
+                found.seal(record)
+                self.ledger.seal(found, record, self._stands)
             case BeaconReveal():
-                self._round(record).draw(record, self._stands)
+                found = self._round(record)
+                found.draw(record, self._stands)
+                self.ledger.draw(found, record)
+            case CreditStatement():
+                self.ledger.state(record)
+            case Ban():
+                if self._stands(record.key):
+                    self._end(record, record.key, record.reason)
+            case RunEnd():
+                self.ledger.end(record)
 
     def _plan(self, plan: RoundPlan) -> None:
         previous = self.rounds[-1] if self.rounds else None
@@ -154,32 +183,46 @@ class History:
         if audit.outcome is not None:
             return
         others = len(self.auditors() - {audit.peer})
-        audit.outcome = resolve(audit.verdicts, others, policy, acceptances=acceptances_needed(audit.audited))
-        before, commitment = self.accounts.get(audit.peer), found.commitments.get(slot)
-        if audit.outcome is None or before is None or commitment is None:
+        outcome = resolve(audit.verdicts, others, policy, acceptances=acceptances_needed(audit.audited))
+        if outcome is None:
             return
+        self._close(audit, verdict.round, slot, outcome)
+        before, commitment = self.account(audit.peer), found.commitments[slot]
         if part is None:
-            after = ruling(before, audit.outcome, round=verdict.round, tokens=commitment.tokens, policy=policy).account
+            rule = ruling(before, outcome, round=verdict.round, tokens=commitment.tokens, policy=policy)
         else:
-            after = reduction_ruling(before, audit.outcome, verdict.reason, round=verdict.round, policy=policy).account
-        self._store(audit.peer, after)
+            rule = reduction_ruling(before, outcome, verdict.reason, round=verdict.round, policy=policy)
+        if rule.forfeits_contribution:
+            self.ledger.forfeit(verdict, [(verdict.round, slot)])
+        if rule.forfeits_everything:
+            self.ledger.forfeit_all(verdict, audit.peer)
+        self._store(audit.peer, rule.account)
+        self.ledger.settle(verdict)
 
     def _equivocated(self, key: bytes, report: Equivocation) -> None:
         if key != self._coordinator and all(key != holder for _, holder in self._offices) and not self._stands(key):
             raise SignatureError(f"an equivocation reported by {peer_id(key)}, who takes no part in the run")
         proved = proved_by(report)
         if self._stands(proved.key):
-            self._store(proved.key, replace(self.accounts[proved.key], ended=proved.what))
+            self._end(report, proved.key, proved.what)
+
+    def _end(self, cause: Record, key: bytes, reason: str) -> None:
+        self.ledger.forfeit_all(cause, key)
+        self._store(key, replace(self.accounts[key], ended=reason))
 
     def _store(self, key: bytes, account: Account) -> None:
         """Keep an account; where standing has ended, nobody looks at what is not resolved yet."""
         self.accounts[key] = account
         if account.ended is None:
             return
-        for found in self.rounds:
-            for audit in found.audits.values():
+        for number, found in enumerate(self.rounds):
+            for (slot, _), audit in found.audits.items():
                 if audit.peer == key and audit.outcome is None:
-                    audit.outcome = Moot.MOOT
+                    self._close(audit, number, slot, Moot.MOOT)
+
+    def _close(self, audit: Drawn, number: int, slot: int, outcome: Outcome | Moot) -> None:
+        audit.outcome = outcome
+        self.ledger.closed(audit.peer, (number, slot))
 
     # Who may sign what
 

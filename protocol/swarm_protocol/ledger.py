@@ -4,6 +4,9 @@ Credit is booked twice, out of one account and into another: a contribution's is
 run to the identity's pending), *settled* when the audit horizon has passed, or *forfeited*. Amounts are whole megaflops
 (10^6 operations), so that they are exact and fit 64 bits in any run. A `CreditStatement` names the moves since the one
 before, and the root over all balances after them: with a balance and its proof a certificate needs nothing else.
+
+A statement is due before each plan, if anything moved since the last one; before a move that it would have no more room for;
+and, once the run has ended, right after each record that moved something.
 """
 
 from __future__ import annotations
@@ -17,11 +20,18 @@ from swarm_protocol.log import Log, leaf_hash
 from swarm_protocol.spec import RunSpec
 
 FLOPS_PER_UNIT = 10**6
+STATEMENT_BYTES = 1 << 19
+MOVE_BYTES, ENTRY_BYTES = 96, 40
 
 
 def megaflops(spec: RunSpec, tokens: int) -> int:
     """The work in training on so many tokens, in millions of floating point operations, rounded down."""
     return tokens * spec.model.flops_per_token // FLOPS_PER_UNIT
+
+
+def fits(moves: int, entries: int) -> bool:
+    """Whether a statement has room for so many moves with so many entries in all, which are counted at their longest."""
+    return MOVE_BYTES * moves + ENTRY_BYTES * entries <= STATEMENT_BYTES
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from swarm_coordinator.db.archive import opened
+from swarm_coordinator.db.tables import AuditRow
+from swarm_coordinator.journal import Journal
 from swarm_coordinator.run_directory import RunDirectory
 from swarm_coordinator.store import Store
 from swarm_protocol import PROTOCOL_VERSION, aggregate, parts
 from swarm_protocol.chunks import content_hash
 from swarm_protocol.draw import chain_end, nonce_hash
+from swarm_protocol.errors import RefusedError
 from swarm_protocol.identity import Identity
 from swarm_protocol.records import (
     CheckpointReport,
@@ -30,6 +36,7 @@ from swarm_protocol.records import (
     Ready,
     Record,
     Registration,
+    Role,
     RoundPlan,
     Verdict,
 )
@@ -203,11 +210,12 @@ MakeCast = Callable[..., Cast]
 
 
 @pytest.fixture
-def make_cast(tmp_path: Path) -> MakeCast:
+def make_cast(tmp_path: Path, request: pytest.FixtureRequest) -> MakeCast:
     """`make_cast(nodes=2, rounds=2, token=None, ...)`: a run's directory, and who takes part in it.
 
-    Averages are audited only where `reductions` is given.
+    Averages are audited only where `reductions` is given. Tests that use `database_url` too run on every kind of database.
     """
+    url = request.getfixturevalue("database_url") if "database_url" in request.fixturenames else None
 
     def make(
         nodes: int = 2,
@@ -223,6 +231,8 @@ def make_cast(tmp_path: Path) -> MakeCast:
         for number, auditor in enumerate(auditors):
             auditor.save(home.auditor_key(number))
         home.beacon_seed_file.write_bytes(BEACON_SEED)
+        if url is not None:
+            home.config_file.write_text(f"[database]\nurl = {json.dumps(url)}\n")
         if token is not None:
             home.token_file.write_text(token)
         state = np.zeros(2 * MODEL.num_parameters, dtype=np.float32)
@@ -235,7 +245,7 @@ def make_cast(tmp_path: Path) -> MakeCast:
             beacon=chain_end(BEACON_SEED, rounds).hex(),
             model=MODEL,
             data=DataSpec(root="00" * 32, tokenizer="bytes", train_tokens=1000, held_out_windows=4),
-            training=TrainingSpec(batch_sequences=2, micro_sequences=2, steps=2, segment_steps=1),
+            training=TrainingSpec(batch_sequences=80, micro_sequences=2, steps=2, segment_steps=1),
             exchange=ExchangeSpec(parts=2, aggregator=aggregator),
             outer=OuterSpec(),
             rounds=RoundsSpec(count=rounds, min_nodes=nodes, max_nodes=nodes, assemble_s=0.0),
@@ -245,3 +255,94 @@ def make_cast(tmp_path: Path) -> MakeCast:
         return Cast(home, spec, [identity(10 + number) for number in range(nodes)], worker, auditors)
 
     return make
+
+
+class Stage:
+    """A run of two parts, played by hand; whoever stands takes part."""
+
+    def __init__(self, cast: Cast) -> None:
+        self.cast = cast
+        self.journal = Journal.open(cast.home, cast.now_ms)
+        self.journal.appoint(Role.CHECKPOINT_WORKER, cast.worker.public_key, cast.now_ms)
+        for auditor in cast.auditors:
+            self.journal.appoint(Role.AUDITOR, auditor.public_key, cast.now_ms)
+        self.standing = list(cast.nodes)
+        self.submit(*(cast.registration(node) for node in cast.nodes))
+        self.silent: set[bytes] = set()
+        self.absent: set[bytes] = set()
+
+    def submit(self, *envelopes: Envelope) -> None:
+        for envelope in envelopes:
+            answer, _ = self.journal.submit(envelope, envelope.open(), None, self.cast.now_ms)
+            if isinstance(answer, RefusedError) and answer.code != "equivocation":
+                raise answer
+
+    def play(self, number: int) -> None:
+        """A round up to its draw. Who is in `absent` does not commit, who is in `silent` does not open its nonce."""
+        cast, journal = self.cast, self.journal
+        self.submit(*(cast.ready(node, number, journal.state.base) for node in self.standing))
+        self.plan = plan = self.newest(RoundPlan)
+        self.commitments = [cast.commitment(plan, slot) for slot in range(len(plan.roster))]
+        self.submit(*(one for one in self.commitments if one.key not in self.absent))
+        self.later(0 if not self.absent else 121_000)
+        self.averages = [cast.part_record(plan, self.newest(CommitmentSet), part, slot=part) for part in range(2)]
+        for average in self.averages:
+            self.submit(average, cast.part_held(average))
+        self.submit(cast.report(plan, journal.state.parts, bytes([50 + number]) * 32))
+        for slot, seat in enumerate(plan.roster):
+            if seat.peer not in self.silent | self.absent:
+                self.submit(cast.opening(plan, slot))
+        self.later(11_000)
+
+    def later(self, passed_ms: int) -> None:
+        self.cast.now_ms += passed_ms
+        self.journal.tick(self.cast.now_ms)
+
+    def judge(self, slot: int, *outcomes: Outcome) -> None:
+        """Verdicts on a contribution of the last round, as far as it was drawn."""
+        if self.audit(slot, -1) is not None:
+            for auditor, outcome in zip(self.cast.auditors, outcomes, strict=False):
+                self.submit(self.cast.verdict(auditor, self.commitments[slot], outcome))
+
+    def judge_average(self, part: int, *outcomes: Outcome) -> None:
+        if self.audit(part, part) is not None:
+            for auditor, outcome in zip(self.cast.auditors, outcomes, strict=False):
+                self.submit(self.cast.part_verdict(auditor, self.averages[part], part, outcome))
+
+    def audit(self, slot: int, part: int) -> AuditRow | None:
+        return self.journal.read(lambda archive: archive.audit(self.plan.round, slot, part))
+
+    def newest(self, kind: Any) -> Any:
+        return self.journal.read(lambda archive: opened(archive.newest(kind.kind, 1)[0]))
+
+    def log(self) -> list[Envelope]:
+        rows = self.journal.read(lambda archive: archive.leaves(0, 1 << 20))
+        return [Envelope.decode(row.envelope) for row in rows]
+
+
+MakeStage = Callable[..., Stage]
+
+
+@pytest.fixture
+def make_stage(make_cast: MakeCast) -> Iterator[MakeStage]:
+    """`make_stage(nodes=5, rounds=8, reductions=0.5, horizon=20)`: with a short probation; after it draws are by chance."""
+    made: list[Stage] = []
+
+    def make(nodes: int = 5, rounds: int = 8, reductions: float = 0.5, horizon: int = 20, **audit: Any) -> Stage:
+        cast = make_cast(nodes=nodes, rounds=rounds, reductions=reductions)
+        audit = {"probation": 1, "floor": 0.4, "max_unavailable": 2, "horizon": horizon, **audit}
+        pace = cast.spec.rounds.model_copy(update={"min_nodes": 1, "assemble_s": 5.0})
+        changes = {"audit": cast.spec.audit.model_copy(update=audit), "rounds": pace}
+        cast.spec = cast.spec.model_copy(update=changes)
+        cast.home.spec_file.write_bytes(cast.spec.encode())
+        made.append(Stage(cast))
+        return made[-1]
+
+    yield make
+    for stage in made:
+        stage.journal.close()
+
+
+@pytest.fixture
+def stage(make_stage: MakeStage) -> Stage:
+    return make_stage()

@@ -17,6 +17,8 @@ from swarm_protocol.identity import Identity
 from swarm_protocol.log import Log, leaf_hash
 from swarm_protocol.records import CommitmentSet, Envelope, Outcome, Role, RoundPlan
 
+pytestmark = pytest.mark.usefixtures("database_url")
+
 
 class Coordinator:
     """A journal that is closed and opened again after every record, and compared with what it was."""

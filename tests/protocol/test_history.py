@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -12,9 +13,8 @@ from sqlalchemy import create_engine, text
 
 from swarm_coordinator.api.status import drawn_segments
 from swarm_coordinator.app import create_app
-from swarm_coordinator.db.archive import Archive, opened
-from swarm_coordinator.db.tables import AuditRow, NodeRow
-from swarm_coordinator.journal import Journal
+from swarm_coordinator.db.archive import Archive
+from swarm_coordinator.db.tables import AuditRow, CreditRow, LedgerRow, NodeRow
 from swarm_coordinator.service import open_service
 from swarm_node.verifying_draws import compare
 from swarm_protocol import encoding
@@ -22,6 +22,7 @@ from swarm_protocol.client import CoordinatorClient
 from swarm_protocol.errors import InvalidDataError, RefusedError
 from swarm_protocol.history import History
 from swarm_protocol.identity import Identity
+from swarm_protocol.ledger import Balance
 from swarm_protocol.policy import Account
 from swarm_protocol.records import (
     Appointment,
@@ -42,77 +43,14 @@ A, R, U, I = Outcome.ACCEPTED, Outcome.REJECTED, Outcome.UNAVAILABLE, Outcome.IN
 ROUNDS = 8
 
 
-class Stage:
-    """A run of two parts, played by hand; whoever stands takes part."""
-
-    def __init__(self, cast: Any) -> None:
-        self.cast = cast
-        self.journal = Journal.open(cast.home, cast.now_ms)
-        self.journal.appoint(Role.CHECKPOINT_WORKER, cast.worker.public_key, cast.now_ms)
-        for auditor in cast.auditors:
-            self.journal.appoint(Role.AUDITOR, auditor.public_key, cast.now_ms)
-        self.standing = list(cast.nodes)
-        self.submit(*(cast.registration(node) for node in cast.nodes))
-        self.silent: set[bytes] = set()
-        self.absent: set[bytes] = set()
-
-    def submit(self, *envelopes: Envelope) -> None:
-        for envelope in envelopes:
-            answer, _ = self.journal.submit(envelope, envelope.open(), None, self.cast.now_ms)
-            if isinstance(answer, RefusedError) and answer.code != "equivocation":
-                raise answer
-
-    def play(self, number: int) -> None:
-        """A round up to its draw. Who is in `absent` does not commit, who is in `silent` does not open its nonce."""
-        cast, journal = self.cast, self.journal
-        self.submit(*(cast.ready(node, number, journal.state.base) for node in self.standing))
-        self.plan = plan = self.newest(RoundPlan)
-        self.commitments = [cast.commitment(plan, slot) for slot in range(len(plan.roster))]
-        self.submit(*(one for one in self.commitments if one.key not in self.absent))
-        self.later(0 if not self.absent else 121_000)
-        self.averages = [cast.part_record(plan, self.newest(CommitmentSet), part, slot=part) for part in range(2)]
-        for average in self.averages:
-            self.submit(average, cast.part_held(average))
-        self.submit(cast.report(plan, journal.state.parts, bytes([50 + number]) * 32))
-        for slot, seat in enumerate(plan.roster):
-            if seat.peer not in self.silent | self.absent:
-                self.submit(cast.opening(plan, slot))
-        self.later(11_000)
-
-    def later(self, passed_ms: int) -> None:
-        self.cast.now_ms += passed_ms
-        self.journal.tick(self.cast.now_ms)
-
-    def judge(self, slot: int, *outcomes: Outcome) -> None:
-        """Verdicts on a contribution of the last round, as far as it was drawn."""
-        if self.audit(slot, -1) is not None:
-            for auditor, outcome in zip(self.cast.auditors, outcomes, strict=False):
-                self.submit(self.cast.verdict(auditor, self.commitments[slot], outcome))
-
-    def judge_average(self, part: int, *outcomes: Outcome) -> None:
-        if self.audit(part, part) is not None:
-            for auditor, outcome in zip(self.cast.auditors, outcomes, strict=False):
-                self.submit(self.cast.part_verdict(auditor, self.averages[part], part, outcome))
-
-    def audit(self, slot: int, part: int) -> AuditRow | None:
-        return self.journal.read(lambda archive: archive.audit(self.plan.round, slot, part))
-
-    def newest(self, kind: Any) -> Any:
-        return self.journal.read(lambda archive: opened(archive.newest(kind.kind, 1)[0]))
-
-    def log(self) -> list[Envelope]:
-        rows = self.journal.read(lambda archive: archive.leaves(0, 1 << 20))
-        return [Envelope.decode(row.envelope) for row in rows]
-
-
-def replayed(stage: Stage, log: list[Envelope]) -> History:
+def replayed(stage: Any, log: list[Envelope]) -> History:
     history = History(stage.cast.spec)
     for envelope in log:
         history.add(envelope)
     return history
 
 
-def the_same(stage: Stage, history: History) -> None:
+def the_same(stage: Any, history: History) -> None:
     """The history has the database's audits, outcomes, segments and accounts, and no others."""
     assert (history.log.size, history.log.root()) == stage.journal.log_head
 
@@ -134,21 +72,26 @@ def the_same(stage: Stage, history: History) -> None:
         for where, audit in played.audits.items()
     }
     assert (found, history.accounts) == stage.journal.read(query)
+    assert history.ledger.balances == stage.journal.read(balances)
 
 
-@pytest.fixture
-def stage(make_cast: MakeCast) -> Iterator[Stage]:
-    cast = make_cast(nodes=5, rounds=ROUNDS, reductions=0.5)
-    changed = {"audit": cast.spec.audit.model_copy(update={"probation": 1, "floor": 0.4, "max_unavailable": 2})}
-    rounds = cast.spec.rounds.model_copy(update={"min_nodes": 1, "assemble_s": 5.0})
-    cast.spec = cast.spec.model_copy(update={**changed, "rounds": rounds})
-    cast.home.spec_file.write_bytes(cast.spec.encode())
-    stage = Stage(cast)
-    yield stage
-    stage.journal.close()
+def balances(archive: Archive) -> dict[bytes, Balance]:
+    """By the sums that the coordinator keeps; its ledger and its contributions have to say the same."""
+    kept = {one.key: Balance(one.key, one.pending, one.settled, one.forfeited) for one in archive.nodes()}
+    booked, moved = dict[bytes, Counter[str]](), dict[bytes, Counter[str]]()
+    for row in archive.session.query(CreditRow):
+        booked.setdefault(row.peer, Counter())[row.status] += row.megaflops
+    for entry in archive.session.query(LedgerRow):
+        sums = moved.setdefault(entry.peer, Counter())
+        sums[entry.credit] += entry.megaflops
+        sums[entry.debit] -= entry.megaflops
+    accounts = ("pending", "settled", "forfeited")
+    for found in (booked, moved):
+        assert kept == {key: Balance(key, *(found.get(key, Counter())[name] for name in accounts)) for key in kept}
+    return {key: one for key, one in kept.items() if key in moved}
 
 
-def play_on(stage: Stage, rounds: int = 2) -> None:
+def play_on(stage: Any, rounds: int = 2) -> None:
     """Rounds in which everybody is accepted, up to the draw of the last one."""
     for number in range(rounds):
         stage.play(number)
@@ -161,7 +104,7 @@ def place(log: list[Envelope], kind: type, at: int = 0) -> int:
     return [place for place, envelope in enumerate(log) if isinstance(envelope.open(), kind)][at]
 
 
-def test_a_run_of_every_kind_of_verdict_is_recomputed_at_each_of_its_rounds(stage: Stage) -> None:
+def test_a_run_of_every_kind_of_verdict_is_recomputed_at_each_of_its_rounds(stage: Any) -> None:
     cast = stage.cast
     history, taken = History(cast.spec), 0
     first, second, third, fourth, _ = sorted(cast.nodes, key=lambda node: node.public_key)
@@ -224,7 +167,7 @@ def test_a_run_of_every_kind_of_verdict_is_recomputed_at_each_of_its_rounds(stag
     assert {account.ended is None for account in history.accounts.values()} == {True, False}
 
 
-def test_one_verdict_of_a_new_auditor_counts_only_from_the_appointment_on(stage: Stage) -> None:
+def test_one_verdict_of_a_new_auditor_counts_only_from_the_appointment_on(stage: Any) -> None:
     stage.play(0)
     stage.judge(0, I, A)
     the_same(stage, replayed(stage, stage.log()))
@@ -234,14 +177,14 @@ def test_one_verdict_of_a_new_auditor_counts_only_from_the_appointment_on(stage:
     the_same(stage, replayed(stage, stage.log()))
 
 
-def test_who_committed_to_nothing_averages_nothing(stage: Stage) -> None:
+def test_who_committed_to_nothing_averages_nothing(stage: Any) -> None:
     stage.absent = {min(node.public_key for node in stage.cast.nodes)}
     with pytest.raises(RefusedError, match="committed to nothing in round 0") as refused:
         stage.play(0)
     assert (refused.value.status, refused.value.code) == (403, "no-reducer")
 
 
-def test_a_dropped_verdict_is_found_at_the_next_plan(stage: Stage) -> None:
+def test_a_dropped_verdict_is_found_at_the_next_plan(stage: Any) -> None:
     play_on(stage)
     log = stage.log()
     del log[place(log, Verdict)]
@@ -249,7 +192,7 @@ def test_a_dropped_verdict_is_found_at_the_next_plan(stage: Stage) -> None:
         replayed(stage, log)
 
 
-def forged(stage: Stage, place_of: int, **changes: object) -> list[Envelope]:
+def forged(stage: Any, place_of: int, **changes: object) -> list[Envelope]:
     """The log up to one of the coordinator's records, which it signs with other fields."""
     log = stage.log()
     record = log[place_of].open()
@@ -257,13 +200,13 @@ def forged(stage: Stage, place_of: int, **changes: object) -> list[Envelope]:
     return [*log[:place_of], stage.cast.changed(signer, record, **changes)]
 
 
-def test_a_beacon_value_of_no_chain_is_found(stage: Stage) -> None:
+def test_a_beacon_value_of_no_chain_is_found(stage: Any) -> None:
     play_on(stage)
     with pytest.raises(InvalidDataError, match="does not belong to the chain"):
         replayed(stage, forged(stage, place(stage.log(), BeaconReveal), value=b"x" * 32))
 
 
-def test_a_nonce_that_the_draw_leaves_out_is_found(stage: Stage) -> None:
+def test_a_nonce_that_the_draw_leaves_out_is_found(stage: Any) -> None:
     play_on(stage)
     at = place(stage.log(), BeaconReveal)
     openings = stage.log()[at].open_as(BeaconReveal, run=stage.cast.run).openings
@@ -271,7 +214,7 @@ def test_a_nonce_that_the_draw_leaves_out_is_found(stage: Stage) -> None:
         replayed(stage, forged(stage, at, openings=openings[1:]))
 
 
-def test_a_commitment_that_the_closing_set_leaves_out_is_found(stage: Stage) -> None:
+def test_a_commitment_that_the_closing_set_leaves_out_is_found(stage: Any) -> None:
     play_on(stage)
     at = place(stage.log(), CommitmentSet)
     entries = stage.log()[at].open_as(CommitmentSet, run=stage.cast.run).commitments
@@ -280,20 +223,20 @@ def test_a_commitment_that_the_closing_set_leaves_out_is_found(stage: Stage) -> 
 
 
 @pytest.mark.parametrize("changes", [{"log_root": b"x" * 32}, {"log_size": 3}, {"previous_beacon": b"x" * 32}])
-def test_a_plan_from_another_log_or_beacon_is_found(stage: Stage, changes: dict[str, object]) -> None:
+def test_a_plan_from_another_log_or_beacon_is_found(stage: Any, changes: dict[str, object]) -> None:
     play_on(stage)
     with pytest.raises(InvalidDataError, match="the plan of round 1"):
         replayed(stage, forged(stage, place(stage.log(), RoundPlan, 1), **changes))
 
 
-def test_a_verdict_by_somebody_not_appointed_is_found(stage: Stage) -> None:
+def test_a_verdict_by_somebody_not_appointed_is_found(stage: Any) -> None:
     stage.play(0)
     verdict = stage.cast.verdict(Identity.generate(), stage.commitments[0], R)
     with pytest.raises(InvalidDataError, match="who was not appointed as auditor"):
         replayed(stage, [*stage.log(), verdict])
 
 
-def test_a_verdict_on_what_was_not_drawn_is_found(stage: Stage) -> None:
+def test_a_verdict_on_what_was_not_drawn_is_found(stage: Any) -> None:
     stage.play(0)
     cast = stage.cast
     elsewhere = cast.commitment(stage.plan, 0, trace_root=b"x" * 32)
@@ -306,7 +249,7 @@ def test_a_verdict_on_what_was_not_drawn_is_found(stage: Stage) -> None:
 
 
 @pytest.mark.parametrize("kind", [Appointment, RoundPlan, CommitmentSet, BeaconReveal, PartRecord, NonceOpening])
-def test_a_record_by_the_wrong_signer_is_found(stage: Stage, kind: type) -> None:
+def test_a_record_by_the_wrong_signer_is_found(stage: Any, kind: type) -> None:
     play_on(stage)
     log = stage.log()
     at = place(log, kind)
@@ -314,7 +257,7 @@ def test_a_record_by_the_wrong_signer_is_found(stage: Stage, kind: type) -> None
         replayed(stage, [*log[:at], Envelope.sign(Identity.generate(), log[at].open())])
 
 
-def compared(stage: Stage, change: Callable[[Any], None] = lambda _: None) -> tuple[dict[str, Any], list[str]]:
+def compared(stage: Any, change: Callable[[Any], None] = lambda _: None) -> tuple[dict[str, Any], list[str]]:
     """What `verify draws` finds at a coordinator that serves the stage's run, with its audits changed by `change`."""
     stage.journal.close()
     lines: list[str] = []
@@ -330,7 +273,7 @@ def compared(stage: Stage, change: Callable[[Any], None] = lambda _: None) -> tu
     return asyncio.run(run()), lines
 
 
-def test_who_looks_at_a_coordinator_from_outside_finds_the_same(stage: Stage) -> None:
+def test_who_looks_at_a_coordinator_from_outside_finds_the_same(stage: Any) -> None:
     play_on(stage, rounds=3)
     stage.judge(1, R, R)
     stage.judge(2, U, I)
@@ -353,7 +296,7 @@ def test_who_looks_at_a_coordinator_from_outside_finds_the_same(stage: Stage) ->
         ("DELETE FROM verdicts WHERE round = 0 AND slot = 0", "round 0, verdicts: the coordinator says"),
     ],
 )
-def test_what_a_coordinator_says_against_its_log_is_named(stage: Stage, change: str, named: str) -> None:
+def test_what_a_coordinator_says_against_its_log_is_named(stage: Any, change: str, named: str) -> None:
     stage.play(0)
     stage.judge(0, A, A)
     found, lines = compared(stage, lambda connection: connection.execute(text(change)))

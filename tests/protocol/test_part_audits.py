@@ -12,6 +12,7 @@ from swarm_coordinator.api.status import round_detail, run_status
 from swarm_coordinator.db.archive import opened
 from swarm_coordinator.journal import Journal
 from swarm_protocol.errors import RefusedError
+from swarm_protocol.ledger import megaflops
 from swarm_protocol.records import CommitmentSet, Envelope, Outcome, PartVerdict, Role, RoundPlan
 
 MakeCast = Callable[..., Any]
@@ -31,6 +32,8 @@ class Stage:
         for node in cast.nodes:
             self.submit(cast.registration(node))
         self.averages = self.play(0)
+        self.work = megaflops(cast.spec, cast.spec.standard_tokens)
+        assert self.work
 
     def submit(self, envelope: Envelope) -> bool:
         """Whether it is new."""
@@ -120,9 +123,9 @@ def test_two_auditors_reject_an_average_and_its_reducer_loses_standing_and_credi
     assert rejected.reason == "wrong average of part 1"
     nodes = {node.peer: node for node in status.nodes}
     assert (nodes[liar.peer_id].standing, nodes[liar.peer_id].reason) == ("ended", "wrong average of part 1")
-    assert (nodes[liar.peer_id].credit.pending, nodes[liar.peer_id].credit.forfeited) == (0, 32)
+    assert (nodes[liar.peer_id].credit.pending, nodes[liar.peer_id].credit.forfeited) == (0, stage.work)
     honest = nodes[stage.cast.holder(stage.plan, 0).peer_id]
-    assert (honest.standing, honest.credit.pending, honest.credit.forfeited) == ("good", 32, 0)
+    assert (honest.standing, honest.credit.pending, honest.credit.forfeited) == ("good", stage.work, 0)
     # Its contribution needs no audit any more, and it takes no further part.
     assert status.audits.moot == 1
     stage.refuse(stage.cast.ready(liar, 1, stage.journal.state.base), 403, "standing-ended")
@@ -158,9 +161,8 @@ def test_an_average_that_auditors_do_not_reject_together_costs_nobody_anything(
         stage.submit(stage.verdict(auditor, 0, outcome))
     counts = stage.status().part_audits
     assert (counts.rejected, counts.accepted, counts.unavailable + counts.inconclusive) == (0, 0, 1)
-    assert all(
-        (node.standing, node.credit.pending, node.credit.forfeited) == ("good", 32, 0) for node in stage.status().nodes
-    )
+    for node in stage.status().nodes:
+        assert (node.standing, node.credit.pending, node.credit.forfeited) == ("good", stage.work, 0)
 
 
 def test_an_average_is_not_vouched_for_as_a_contribution_is(stage: Stage) -> None:
@@ -175,14 +177,14 @@ def test_at_the_end_of_a_run_credit_waits_for_the_audits_of_its_holders_averages
     for auditor in stage.cast.auditors:
         for commitment in stage.commitments:
             stage.submit(stage.cast.verdict(auditor, commitment))
-    assert [node.credit.pending for node in stage.status().nodes] == [32, 32]
+    assert [node.credit.pending for node in stage.status().nodes] == [stage.work] * 2
     for part, outcome in ((0, A), (1, R)):
         for auditor in range(2):
             stage.submit(stage.verdict(auditor, part, outcome))
     credit = {node.peer: node.credit for node in stage.status().nodes}
     honest, liar = (stage.cast.holder(stage.plan, slot).peer_id for slot in range(2))
-    assert (credit[honest].settled, credit[honest].forfeited) == (32, 0)
-    assert (credit[liar].settled, credit[liar].forfeited) == (0, 32)
+    assert (credit[honest].settled, credit[honest].forfeited) == (stage.work, 0)
+    assert (credit[liar].settled, credit[liar].forfeited) == (0, stage.work)
     stage.journal.close()
 
 

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
+from swarm_coordinator.run_directory import RunDirectory
 from swarm_node.cheats import Kind
+from swarm_protocol.ledger import megaflops
 
 pytestmark = pytest.mark.swarm
 
@@ -61,11 +63,12 @@ def finished(start_run: Start, *kinds: Kind, **settings: Any) -> tuple[dict[str,
         run.join(name)
     status = run.ends(timeout_s=280)
     nodes = {node["name"]: node for node in status["nodes"]}
+    work = megaflops(RunDirectory(run.home).spec(), 6 * 8 * 64)
     for name in ("honest-1", "honest-2"):
         honest = nodes[name]
         assert (honest["standing"], honest["rejected"]) == ("good", 0)
         assert honest["accepted"] == honest["contributions"] == status["rounds"]
-        assert honest["credit"]["settled"] == status["rounds"] * 6 * 8 * 64
+        assert honest["credit"]["settled"] == status["rounds"] * work
         assert honest["credit"]["forfeited"] == 0
     return status, nodes
 
@@ -122,16 +125,17 @@ def test_a_lying_reducer_is_rejected_for_its_averages_and_nobody_else_loses_anyt
         run.join(name)
     status = run.ends()
     nodes = {node["name"]: node for node in status["nodes"]}
+    work = megaflops(RunDirectory(run.home).spec(), 6 * 8 * 64)
     assert {entry["name"] for entry in status["rejected"]} == {liar}
     for entry in status["rejected"]:
         assert entry["reason"].startswith(f"wrong average of part {entry['part']} in round 0:")
     assert nodes[liar]["standing"] == "ended"
     assert nodes[liar]["reason"] == status["rejected"][0]["reason"]
-    assert nodes[liar]["credit"] == {"pending": 0, "settled": 0, "forfeited": 6 * 8 * 64}
+    assert nodes[liar]["credit"] == {"pending": 0, "settled": 0, "forfeited": work}
     assert status["part_audits"]["accepted"] == 8  # each is the first reducer of four parts
     for name in ("honest-1", "honest-2"):
         assert (nodes[name]["standing"], nodes[name]["rejected"], nodes[name]["accepted"]) == ("good", 0, 1)
-        assert nodes[name]["credit"] == {"pending": 0, "settled": 6 * 8 * 64, "forfeited": 0}
+        assert nodes[name]["credit"] == {"pending": 0, "settled": work, "forfeited": 0}
 
 
 def test_exact_audits_need_no_evidence_and_see_one_flipped_bit(start_run: Start) -> None:

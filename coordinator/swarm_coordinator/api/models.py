@@ -33,7 +33,7 @@ class CheckpointName(BaseModel):
 
 
 class Credit(BaseModel):
-    """Tokens of contributions."""
+    """Work in contributions, in megaflops: whole millions of floating point operations."""
 
     pending: int = Field(0, description="may still be forfeited")
     settled: int = 0
@@ -175,6 +175,12 @@ class OpenAudit(BaseModel):
 class LogHead(BaseModel):
     size: int
     root: Hex
+    signed: str = Field(description="the encoded Envelope of a LogHead that says so, by the coordinator, in hex")
+
+
+class LogProof(BaseModel):
+    size: int = Field(description="the size of the log that the proof leads to")
+    proof: list[Hex] = Field(description="as in RFC 9162, lowest first")
 
 
 class SlotDetail(BaseModel):

@@ -7,7 +7,7 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Query, Request, Response
 
 from swarm_coordinator.api.access import CBOR, Hash, TheRun, binary, missing
-from swarm_coordinator.api.models import Health, LogHead, ReceiptModel, RunStatus, RunSummary
+from swarm_coordinator.api.models import Health, LogHead, LogProof, ReceiptModel, RunStatus, RunSummary
 from swarm_coordinator.api.problems import documented
 from swarm_coordinator.api.status import run_status, run_summary
 from swarm_coordinator.service import Service
@@ -16,6 +16,8 @@ from swarm_protocol.records import MAX_RECORD_BYTES, Envelope, encode_list
 
 MAX_ENTRIES = 256
 MAX_ENTRIES_BYTES = 8 << 20
+
+LogSize = Annotated[int, Query(ge=0, lt=1 << 62)]
 
 router = APIRouter()
 
@@ -97,8 +99,32 @@ async def record(run: TheRun, digest: Hash) -> Response:
     responses=documented(404, 422),
 )
 async def log_head(run: TheRun) -> LogHead:
-    size, root = run.log_head
-    return LogHead(size=size, root=root.hex())
+    size, root, signed = run.signed_head()
+    return LogHead(size=size, root=root.hex(), signed=signed.hex())
+
+
+@router.get(
+    "/v1/runs/{run_id}/log/inclusion",
+    tags=["log"],
+    summary="A proof that a leaf is in the log",
+    description="Of a log of `size` leaves, by default of all; RFC 9162, section 2.1.3.",
+    responses=documented(404, 422),
+)
+async def log_inclusion(run: TheRun, leaf: LogSize, size: LogSize | None = None) -> LogProof:
+    size, proof = run.inclusion_proof(leaf, size)
+    return LogProof(size=size, proof=[digest.hex() for digest in proof])
+
+
+@router.get(
+    "/v1/runs/{run_id}/log/consistency",
+    tags=["log"],
+    summary="A proof that the log extends an earlier one",
+    description="That the log of `size` leaves, by default all, begins with that of `old`; RFC 9162, section 2.1.4.",
+    responses=documented(404, 422),
+)
+async def log_consistency(run: TheRun, old: LogSize, size: LogSize | None = None) -> LogProof:
+    size, proof = run.consistency_proof(old, size)
+    return LogProof(size=size, proof=[digest.hex() for digest in proof])
 
 
 @router.get(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from swarm_coordinator import books, recovery
+from swarm_coordinator import recovery
 from swarm_coordinator.api.models import (
     AuditCounts,
     CheckpointName,
@@ -145,7 +145,6 @@ def drawn_segments(row: AuditRow) -> list[int]:
 
 def _nodes(spec: RunSpec, archive: Archive) -> list[NodeStatus]:
     pending = archive.pending_audits()
-    credit = books.totals(archive.session, archive.run)
     return [
         NodeStatus(
             peer=peer_id(row.key),
@@ -159,7 +158,7 @@ def _nodes(spec: RunSpec, archive: Archive) -> list[NodeStatus]:
             rejected=row.rejected,
             pending_audits=pending.get(row.key, 0),
             probation=row.vouched_tokens // spec.standard_tokens < spec.audit.probation,
-            credit=Credit(**credit.get(row.key, {})),
+            credit=Credit(pending=row.pending, settled=row.settled, forfeited=row.forfeited),
         )
         for row in archive.nodes()
     ]

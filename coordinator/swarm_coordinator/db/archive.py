@@ -19,7 +19,7 @@ from swarm_coordinator.db.tables import (
     RoundRow,
     VerdictRow,
 )
-from swarm_protocol.records import Commitment, Envelope, Outcome, Record, Role, parse
+from swarm_protocol.records import Commitment, CreditStatement, Envelope, Outcome, Record, Role, RunEnd, parse
 
 R = TypeVar("R", bound=Record)
 
@@ -56,6 +56,17 @@ class Archive:
         """How many records of a kind a key has signed."""
         query = select(func.count()).select_from(RecordRow).filter_by(run=self.run, kind=kind, signer=signer)
         return self.session.scalar(query) or 0
+
+    def statements(self) -> int:
+        """How many statements of credit were signed."""
+        query = select(func.max(RecordRow.sequence)).filter_by(run=self.run, kind=CreditStatement.kind)
+        newest = self.session.scalar(query)
+        return 0 if newest is None else newest + 1
+
+    def ended(self) -> bool:
+        """Whether the run's end was signed: no round follows."""
+        query = select(RecordRow.id).filter_by(run=self.run, kind=RunEnd.kind).limit(1)
+        return self.session.scalar(query) is not None
 
     def equivocated(self, key: bytes) -> bool:
         """Whether it is proved that this key signed two records under one name."""

@@ -203,7 +203,8 @@ class CreditStatus(StrEnum):
 
 
 class CreditRow(Base):
-    """The credit of one contribution, and where the ledger has brought it; `team` is its node's when it was earned."""
+    """The credit of one contribution, and where the ledger has brought it; `team` is its node's when it was earned.
+    `commitment` is the hash of its commitment."""
 
     __tablename__ = "credit"
     __table_args__ = (Index("credit_by_status", "run", "status", "round"), Index("credit_by_peer", "run", "peer"))
@@ -217,6 +218,7 @@ class CreditRow(Base):
     reason: Mapped[str | None] = mapped_column(default=None)
     megaflops: Mapped[int] = mapped_column(default=0, server_default="0")
     team: Mapped[str] = mapped_column(default="", server_default="")
+    commitment: Mapped[bytes] = mapped_column(default=b"", server_default="")
 
 
 class LedgerRow(Base):

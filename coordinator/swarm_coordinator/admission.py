@@ -2,7 +2,8 @@
 
 The signature was checked already. A refusal is a `RefusedError` whose status and code tell the sender what to do: `early`
 (try again later), `closed` (too late: drop it), `wrong-base` (fetch the right checkpoint), `not-registered` (register
-first), `standing-ended`, `run-finished`, `upgrade`, `token`; every other code is a fault of the record.
+first), `standing-ended`, `run-finished`, `upgrade`; every other code is a fault of the record. Who may register at all is
+decided by `entrance`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import NoReturn
 
 from swarm_coordinator.db.archive import Archive
 from swarm_coordinator.round_events import (
+    ALL_DONE,
     Committed,
     Event,
     NodeReady,
@@ -35,10 +37,9 @@ _ORDER = list(Phase)
 
 @dataclass(frozen=True)
 class Applicant:
-    """Who hands in a record, and whether the request carried the run's token."""
+    """Who hands in a record."""
 
     key: bytes
-    has_token: bool
 
 
 def admit(archive: Archive, spec: RunSpec, state: State, applicant: Applicant, record: Record) -> Event | None:
@@ -59,7 +60,7 @@ def admit(archive: Archive, spec: RunSpec, state: State, applicant: Applicant, r
             return None
         case records.Ready():
             _require_standing(archive, applicant)
-            return _admit_ready(archive, state, applicant, record)
+            return _admit_ready(archive, spec, state, applicant, record)
         case records.Commitment():
             _require_standing(archive, applicant)
             return _admit_commitment(archive, spec, state, applicant, record)
@@ -117,16 +118,16 @@ def _admit_registration(archive: Archive, applicant: Applicant, record: records.
             f"this run speaks protocol {PROTOCOL_VERSION} and your node protocol {record.protocol}; "
             f"run: {UPGRADE_COMMAND}",
         )
-    if not applicant.has_token:
-        _refuse(401, "token", "this run asks for a token; get it from the run owner and join with --token TOKEN")
     node = archive.node(applicant.key)
     if node is not None and node.ended_reason is not None:
         _refuse(403, "standing-ended", f"this identity can take no further part in the run: {node.ended_reason}")
 
 
-def _admit_ready(archive: Archive, state: State, applicant: Applicant, record: records.Ready) -> NodeReady:
+def _admit_ready(
+    archive: Archive, spec: RunSpec, state: State, applicant: Applicant, record: records.Ready
+) -> NodeReady:
     if state.phase is Phase.FINISHED:
-        _refuse(410, "run-finished", "the run has finished; thank you")
+        _refuse(410, "run-finished", finished(state))
     if record.round < state.round:
         _refuse(409, "closed", f"round {record.round} is over; this is round {state.round}")
     if record.round > state.round and not (record.round == state.round + 1 and state.phase is Phase.OPENING):
@@ -136,16 +137,23 @@ def _admit_ready(archive: Archive, state: State, applicant: Applicant, record: r
         expected = "" if base is None else base.hex()
         _refuse(409, "wrong-base", f"round {record.round} starts from checkpoint {expected}; fetch it first")
     node = archive.node(applicant.key)
-    accepted = 0 if node is None else node.accepted
+    assert node is not None
     return NodeReady(
         applicant.key,
         record.round,
         record.base,
         record.tokens_per_s,
         record.can_reduce,
-        accepted,
+        max(node.accepted, spec.exchange.weight_after) if node.invited else node.accepted,
         record.upload_bytes_per_s,
+        trusted=node.vouched_tokens // spec.standard_tokens >= spec.audit.probation,
+        since=node.leaf,
     )
+
+
+def finished(state: State) -> str:
+    """What somebody is told who comes after the end."""
+    return f"the run has finished: {state.stopping or ALL_DONE}; thank you"
 
 
 def _admit_commitment(

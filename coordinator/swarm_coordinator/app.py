@@ -5,7 +5,19 @@ from __future__ import annotations
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
-from swarm_coordinator.api import events, health, ledger, objects, openapi, pages, problems, records, rounds, runs
+from swarm_coordinator.api import (
+    admission,
+    events,
+    health,
+    ledger,
+    objects,
+    openapi,
+    pages,
+    problems,
+    records,
+    rounds,
+    runs,
+)
 from swarm_coordinator.api.limits import Desk, Limits, RateLimit
 from swarm_coordinator.api.metrics import Metrics
 from swarm_coordinator.api.watching import Watch
@@ -38,7 +50,7 @@ def create_app(service: Service, limits: Limits | None = None, *, metrics_public
     service.on_commit = metrics.commits.observe
     app.state.service, app.state.desk = service, desk
     app.state.metrics, app.state.metrics_public = metrics, metrics_public
-    for module in (health, runs, records, pages, rounds, objects, events, ledger):
+    for module in (health, runs, records, pages, rounds, objects, events, ledger, admission):
         app.include_router(module.router)
     problems.install(app)
     openapi.install(app)

@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from swarm_coordinator import logs, owner_commands
 from swarm_protocol import processes
 from swarm_protocol.errors import SwarmError
 
@@ -47,9 +48,20 @@ def init(
     tolerances: Annotated[
         Path | None, typer.Option(help="Tolerances for native numerics, made by `calibrate`.", exists=True)
     ] = None,
+    database: Annotated[
+        str | None, typer.Option(help="sqlite:///PATH or postgresql://USER:PASSWORD@HOST/NAME.", show_default="in DIR")
+    ] = None,
+    objects: Annotated[
+        str | None, typer.Option(help="s3://BUCKET/PREFIX or file:///PATH.", show_default="in DIR")
+    ] = None,
+    admission: Annotated[
+        str | None,
+        typer.Option(help="Who may register: open, token, invite, allow-list.", show_default="token if one is given"),
+    ] = None,
 ) -> None:
     """Make a run: cut the corpus, draw checkpoint 0, make the keys, and seal it all under a run id."""
     from swarm_coordinator import init as making
+    from swarm_coordinator.config import CoordinatorConfig
     from swarm_protocol import corpus as corpora
     from swarm_protocol.errors import ConfigurationError
     from swarm_protocol.identity import peer_id
@@ -58,10 +70,12 @@ def init(
     if corpus and stdlib_corpus:
         raise ConfigurationError("--corpus and --stdlib-corpus exclude each other; give one of them")
     config = RunConfig() if spec is None else RunConfig.from_toml(spec)
+    serving = CoordinatorConfig().changed("database", url=database).changed("objects", url=objects)
+    serving = serving.changed("admission", mode=admission or ("token" if token else "open"))
     if not corpus:
         typer.echo("The corpus is the source code of this Python's standard library.")
     sealed = making.initialise(
-        making.Options(directory, config, corpus or corpora.stdlib_corpus(), token, auditors, tolerances)
+        making.Options(directory, config, corpus or corpora.stdlib_corpus(), token, auditors, tolerances, serving)
     )
     key = bytes.fromhex(sealed.coordinator)
     typer.echo(f"run          {sealed.name} {sealed.run_id.hex()}")
@@ -104,30 +118,46 @@ def calibrate(
 def serve(
     directory: Directory,
     host: Annotated[
-        str, typer.Option(help="The address to listen on; 0.0.0.0 for all of this machine's.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 for any free one.")] = 8470,
+        str | None,
+        typer.Option(help="The address to listen on; 0.0.0.0 for all of this machine's.", show_default="127.0.0.1"),
+    ] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="0 for any free one.", show_default="8470")] = None,
+    tls_certificate: Annotated[
+        Path | None, typer.Option(help="A PEM file with the certificate and its chain: serve https.", exists=True)
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="The certificate's key, a PEM file.", exists=True)] = None,
     no_workers: Annotated[
         bool, typer.Option("--no-workers", help="Start neither the checkpoint worker nor auditors.")
     ] = False,
 ) -> None:
-    """Serve a run to volunteers, with its checkpoint worker and auditors, until Ctrl-C."""
+    """Serve a run to volunteers, with its checkpoint worker and auditors, until Ctrl-C.
+
+    The run's coordinator.toml says how; these options come before it.
+    """
     import uvloop
 
+    from swarm_coordinator.run_directory import RunDirectory
     from swarm_coordinator.server import serve as serving
 
-    _log()
+    config = RunDirectory(directory).config()
+    config = config.changed("server", host=host, port=port, tls_certificate=tls_certificate, tls_key=tls_key)
+    logs.configure(config.log)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(serving(directory, host, port, workers=not no_workers))
+        runner.run(serving(directory, config.server, workers=not no_workers))
 
 
 @app.command(hidden=True)
-def worker(directory: Directory, url: Url) -> None:
+def worker(
+    directory: Directory,
+    url: Url,
+    host: Annotated[str | None, typer.Option(help="Where nodes reach the coordinator.")] = None,
+) -> None:
     """The checkpoint worker of a run; `serve` starts it."""
     from swarm_coordinator import worker as working
+    from swarm_coordinator.run_directory import RunDirectory
 
-    _log()
-    asyncio.run(_until_stopped(working.run(directory, url)))
+    logs.configure(RunDirectory(directory).config().log)
+    asyncio.run(_until_stopped(working.run(directory, url, host)))
 
 
 @app.command()
@@ -141,13 +171,14 @@ def audit(
 
     An auditor elsewhere has a key of its own, which the run owner has to appoint: swarm-coordinator appoint DIR KEY.
     """
+    from swarm_coordinator.run_directory import RunDirectory
     from swarm_protocol import auditor
     from swarm_protocol.errors import ConfigurationError
     from swarm_protocol.identity import Identity
 
-    _log()
     remote = where.startswith(("http://", "https://"))
     directory = Path.home() / ".local" / "share" / "swarm-auditor" if remote else Path(where)
+    logs.configure(RunDirectory(directory).config().log)
     address = where if remote else url
     if address is None:
         raise ConfigurationError(f"give the coordinator's address as well: swarm-coordinator audit {where} --url URL")
@@ -162,17 +193,14 @@ def appoint(
     directory: Directory, key: Annotated[str, typer.Argument(help="The auditor's key, as PeerID or in hex.")]
 ) -> None:
     """Let somebody else's auditor give verdicts in a run. A coordinator that is running takes note within seconds."""
+    from swarm_coordinator import owner
     from swarm_coordinator.run_directory import RunDirectory
-    from swarm_protocol.errors import ConfigurationError, InvalidDataError
-    from swarm_protocol.identity import peer_id, public_key_of
+    from swarm_protocol.identity import peer_id
 
     home = RunDirectory(directory)
     home.spec()
-    try:
-        raw = bytes.fromhex(key) if len(key) == 64 else public_key_of(key)
-        home.appoint(raw)
-    except (ValueError, InvalidDataError) as error:
-        raise ConfigurationError(f"{key} is no key: {error}") from error
+    raw = owner.key_of(key)
+    home.appoint(raw)
     typer.echo(f"{peer_id(raw)} may audit")
 
 
@@ -189,8 +217,9 @@ def audit_reduction(
     Exits with 0 if all of them are accepted, with 1 if not.
     """
     from swarm_coordinator import reduction_auditor
+    from swarm_coordinator.config import Log
 
-    _log()
+    logs.configure(Log())
     report = asyncio.run(reduction_auditor.run(url, round_number, part or None))
     typer.echo(json.dumps(report))
     raise typer.Exit(any(entry["outcome"] != "accepted" for entry in report["records"]))
@@ -208,13 +237,7 @@ async def _until_stopped(work: Coroutine[None, None, None]) -> None:
         logging.getLogger(__name__).info("stopped")
 
 
-def _log() -> None:
-    """Short lines on stderr."""
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
-    )
-    for name in ("uvicorn", "httpx", "httpcore", "asyncio"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+owner_commands.register(app)
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ from swarm_coordinator.db.tables import (
     AuditRow,
     EquivocationRow,
     EventRow,
+    InviteRow,
     NodeRow,
     OfficeRow,
     RecordRow,
@@ -106,7 +107,7 @@ class Entry:
         self._session = session
         self._office = office
         self._log = log
-        self._now_ms = now_ms
+        self.now_ms = now_ms
         self._run = office.spec.run_id
         self._writing = Writing(session, self._run, log, seq, now_ms)
         self._seen: list[bytes] = []
@@ -155,23 +156,30 @@ class Entry:
         else:
             self.apply(event)
 
-    def register(self, key: bytes, record: Registration) -> None:
-        """Note what a node says of itself; its newest registration counts."""
+    def register(self, key: bytes, record: Registration, leaf: int, invite: InviteRow | None) -> None:
+        """Note what a node says of itself; its newest registration counts, but the leaf of its first one.
+
+        An invitation is used up by it, and makes the node an invited one.
+        """
         self.heard.add(key)
         node = self.archive.node(key)
         if node is None:
             node = NodeRow(
                 run=self._run,
                 key=key,
-                registered_ms=self._now_ms,
+                registered_ms=self.now_ms,
+                leaf=leaf,
                 contributions=0,
                 accepted=0,
                 rejected=0,
                 unavailable=0,
             )
             self._session.add(node)
+        if invite is not None:
+            invite.used += 1
+            node.invited = True
         node.name, node.agent, node.device = record.name, record.agent, record.device
-        node.fingerprint, node.last_seen_ms = record.fingerprint, self._now_ms
+        node.fingerprint, node.last_seen_ms = record.fingerprint, self.now_ms
         node.team = record.team
 
     def appoint(self, role: Role, key: bytes) -> None:
@@ -241,13 +249,16 @@ class Entry:
         if node is not None and node.ended_reason is None:
             self._end_standing(node, proved.what, Cause.of(stored))
 
-    def ban(self, key: bytes, reason: str) -> None:
-        """End an identity's standing, by a signed record; one that never came or has lost it is left alone."""
+    def ban(self, key: bytes, reason: str) -> bool:
+        """End an identity's standing, by a signed record; False for one that never came or has lost it."""
         node = self.archive.node(key)
-        if node is not None and node.ended_reason is None:
-            sequence = self.archive.count(Ban.kind, self._office.identity.public_key)
-            stored = self._sign(Ban(run=self._run, round=0, sequence=sequence, key=key, reason=reason))
-            self._end_standing(node, reason, Cause.of(stored))
+        if node is None or node.ended_reason is not None:
+            return False
+        sequence = self.archive.count(Ban.kind, self._office.identity.public_key)
+        stored = self._sign(Ban(run=self._run, round=0, sequence=sequence, key=key, reason=reason))
+        self._end_standing(node, reason, Cause.of(stored))
+        self.topics.add("audits")
+        return True
 
     def _end_standing(self, node: NodeRow, reason: str, cause: Cause) -> None:
         node.ended_reason = reason
@@ -261,7 +272,7 @@ class Entry:
         self._note_seen()
         before = self.state
         self._writing.event(event, before.round)
-        self.state, effects = advance(before, event, self._now_ms)
+        self.state, effects = advance(before, event, self.now_ms)
         for effect in effects:
             self.flush()
             self._carry_out(effect)
@@ -289,7 +300,7 @@ class Entry:
             case RevealBeacon():
                 self._reveal(effect)
             case Finish():
-                self._end_run("all rounds are done")
+                self._end_run(effect.reason)
                 self.topics.add(f"plan:{self.state.round}")
 
     def _end_run(self, reason: str) -> None:
@@ -338,7 +349,7 @@ class Entry:
                 vouched=encoding.encode([vouched.get(seat.peer, 0) for seat in plan.roster]),
                 committed=0,
                 missing_parts=0,
-                planned_ms=self._now_ms,
+                planned_ms=self.now_ms,
             )
         )
         self.topics.add(f"plan:{effect.round}")
@@ -371,7 +382,7 @@ class Entry:
             root=effect.root,
         )
         cause = Cause.of(self._sign(manifest))
-        row.manifest, row.root, row.sealed_ms = manifest.hash, manifest.root, self._now_ms
+        row.manifest, row.root, row.sealed_ms = manifest.hash, manifest.root, self.now_ms
         self._books.earn(self.archive.stored(RoundPlan, row.plan), self._contributions(row), cause)
         self._books.settle(cause)
         self.topics.add(f"manifest:{effect.round}")

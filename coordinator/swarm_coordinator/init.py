@@ -77,7 +77,8 @@ def _build(directory: RunDirectory, options: Options) -> RunSpec:
     from swarm_protocol.model.llama import initial_parameters
 
     config = options.config
-    store = Store(directory.objects)
+    configuration.write(directory.config_file, options.serving)
+    store = Store(directory.objects_url())
     audit = _with_tolerances(config, options.tolerances, store)
     dataset = write_dataset(config.data, config.model, options.corpus, lambda blob: store.put(content_hash(blob), blob))
     store.put(dataset.root, dataset.encode())
@@ -91,7 +92,6 @@ def _build(directory: RunDirectory, options: Options) -> RunSpec:
     write_atomic(directory.beacon_seed_file, seed, mode=0o600)
     if options.token is not None:
         write_atomic(directory.token_file, options.token.encode(), mode=0o600)
-    configuration.write(directory.config_file, options.serving)
     spec = RunSpec(
         name=config.name,
         seed=config.seed,

@@ -6,7 +6,7 @@ same state and signs nothing a second time. Synchronous and for one caller at a 
 
 from __future__ import annotations
 
-import hmac
+import functools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,12 +17,15 @@ from sqlalchemy import func, select, update
 from sqlalchemy.engine import Engine
 from sqlalchemy.orm import Session
 
+from swarm_coordinator import orders
 from swarm_coordinator.admission import Applicant, admit
 from swarm_coordinator.db.archive import Archive
 from swarm_coordinator.db.engine import open_database
 from swarm_coordinator.db.machine_codec import decode_event, decode_state
 from swarm_coordinator.db.tables import EventRow, RecordRow, RunRow, SnapshotRow
+from swarm_coordinator.entrance import Entrance
 from swarm_coordinator.entry import Entry, Office
+from swarm_coordinator.recovery import Recovery
 from swarm_coordinator.round_events import NodeReady, Resumed, Tick
 from swarm_coordinator.rounds import Policy, State, advance
 from swarm_coordinator.run_directory import RunDirectory
@@ -86,10 +89,12 @@ class Change:
 class Journal:
     """Open it with `open`. `state` and `log_head` are those after the last commit."""
 
-    def __init__(self, engine: Engine, office: Office, token: str | None) -> None:
+    def __init__(self, engine: Engine, office: Office, entrance: Entrance) -> None:
         self._engine = engine
         self._office = office
-        self._token = token
+        self._entrance = entrance
+        self._recovery: Recovery | None = None
+        self._alive_ms = 0
         self.spec = office.spec
         self.log = Log()
         self.log_head: tuple[int, bytes] = (0, self.log.root())
@@ -109,7 +114,8 @@ class Journal:
         if identity.public_key.hex() != spec.coordinator:
             raise ConfigurationError(f"{directory.coordinator_key} is not the key that the run was made with")
         office = Office(spec, identity, directory.beacon_seed())
-        journal = cls(open_database(directory.database_url()), office, directory.token())
+        entrance = Entrance(directory.admission_mode(), directory.token())
+        journal = cls(open_database(directory.database_url()), office, entrance)
         try:
             journal._load(now_ms)
         except BaseException:
@@ -164,8 +170,10 @@ class Journal:
         raise result
 
     def _accept(self, entry: Entry, envelope: Envelope, record: Record, token: str | None) -> Receipt | RefusedError:
-        has_token = self._token is None or hmac.compare_digest((token or "").encode(), self._token.encode())
-        applicant = Applicant(envelope.key, has_token)
+        if self._recovery is not None:
+            self._recovery.compare(entry.archive, envelope, record)
+            return Receipt(record.hash, record.kind, None, new=False)
+        applicant = Applicant(envelope.key)
         if isinstance(record, Ready):
             event = admit(entry.archive, self.spec, entry.state, applicant, record)
             assert isinstance(event, NodeReady)
@@ -184,10 +192,14 @@ class Journal:
         if not isinstance(record, ONE_BY_ONE):
             entry.flush()  # what it is checked against may be in this group
         admitted = admit(entry.archive, self.spec, entry.state, applicant, record)
+        invite = None
+        if isinstance(record, Registration):
+            invite = self._entrance.admit(entry.archive, envelope.key, token, entry.now_ms)
         stored = entry.append(envelope, record)
         entry.heard.add(envelope.key)
         if isinstance(record, Registration):
-            entry.register(envelope.key, record)
+            assert stored.leaf is not None
+            entry.register(envelope.key, record, stored.leaf, invite)
         elif isinstance(record, Verdict | PartVerdict):
             entry.note_verdict(envelope.key, record, stored)
         elif isinstance(record, Equivocation):
@@ -199,18 +211,31 @@ class Journal:
 
     def tick(self, now_ms: int) -> set[str]:
         """Let time pass; returns the topics to wake."""
+        if self._recovery is not None:
+            return self._recovered(now_ms)
         if advance(self.state, Tick(), now_ms)[0] is self.state:
             return set()
         return self._alone(lambda entry: entry.apply(Tick()), now_ms)
 
-    def appoint(self, role: Role, key: bytes, now_ms: int) -> None:
-        """Give a key an office, once."""
+    def carry_out_orders(self, now_ms: int) -> set[str]:
+        """Do what the run owner has ordered since, each in a transaction of its own; returns the topics to wake."""
+        topics: set[str] = set()
+        if self._recovery is None:
+            for number in self.read(lambda archive: orders.open_orders(archive.session, archive.run)):
+                topics |= self._alone(functools.partial(orders.carry_out, number=number), now_ms)
+        return topics
+
+    def appoint(self, role: Role, key: bytes, now_ms: int) -> bool:
+        """Give a key an office, once. False if that has to wait: after a restore nothing is signed for a while."""
+        if self._recovery is not None:
+            return self.read(lambda archive: archive.holds_office(key, role))
 
         def change(entry: Entry) -> None:
             if not entry.archive.holds_office(key, role):
                 entry.appoint(role, key)
 
         self._alone(change, now_ms)
+        return True
 
     def signed_head(self, size: int) -> Envelope:
         """The head of the log when it had so many committed leaves. It follows from the log alone: always the same bytes."""
@@ -224,7 +249,33 @@ class Journal:
         def change(entry: Entry) -> None:
             entry.archive.note_seen(seen)
 
-        self._alone(change, now_ms)
+        if self._recovery is None:
+            self._alone(change, now_ms)
+
+    @property
+    def recovering(self) -> bool:
+        """Whether the run was restored, and nodes are asked for what was signed last."""
+        return self._recovery is not None
+
+    @property
+    def failure(self) -> str | None:
+        """Why this run cannot be served any more, if that is so."""
+        return None if self._recovery is None else self._recovery.failure
+
+    def _recovered(self, now_ms: int) -> set[str]:
+        """Go on after a restore, if the time to hear of newer records has passed, and none came."""
+        recovery = self._recovery
+        if recovery is None or recovery.failure is not None or now_ms < recovery.until_ms:
+            return set()
+
+        def change(entry: Entry) -> None:
+            recovery.end(entry.archive.session, now_ms)
+            entry.apply(Resumed(now_ms - self._alive_ms))
+
+        topics = self._alone(change, now_ms)
+        self._recovery = None
+        log.info("nobody held anything newer than the backup; the run goes on")
+        return topics
 
     def _alone(self, carry_out: Callable[[Entry], object], now_ms: int) -> set[str]:
         (result,), topics = self.commit([Change(carry_out)], now_ms)
@@ -243,8 +294,9 @@ class Journal:
         size = self.log.size
         try:
             with Session(self._engine) as session, session.begin():
-                alive = update(RunRow).where(RunRow.id == self.spec.run_id).values(alive_ms=now_ms)
-                session.execute(alive, execution_options={"synchronize_session": False})
+                if self._recovery is None:
+                    alive = update(RunRow).where(RunRow.id == self.spec.run_id).values(alive_ms=now_ms)
+                    session.execute(alive, execution_options={"synchronize_session": False})
                 entry = Entry(session, self._office, self.state, self.log, self._seq, now_ms)
                 yield entry
                 entry.finish()
@@ -266,12 +318,16 @@ class Journal:
                     raise ConfigurationError("the database belongs to another run; restore the right one from a backup")
                 row = RunRow(id=run, spec=self.spec.encode(), created_ms=now_ms, alive_ms=now_ms)
                 session.add(row)
+            self._alive_ms = row.alive_ms
             away_ms = now_ms - row.alive_ms
             self.state = restored_state(session, self.spec)
             self._seq = session.scalar(select(func.max(EventRow.seq)).filter_by(run=run)) or 0
             self.log = Log(_leaf_hashes(session, run))
             self.log_head = (self.log.size, self.log.root())
-        if away_ms:
+            until_ms = now_ms + self.state.policy.presence_ms
+            owner = bytes.fromhex(self.spec.coordinator)
+            self._recovery = Recovery.begin(session, run, owner, self.log, until_ms)
+        if away_ms and self._recovery is None:
             self._alone(lambda entry: entry.apply(Resumed(away_ms)), now_ms)
 
 

@@ -9,10 +9,17 @@ from dataclasses import dataclass
 
 from swarm_protocol.records import Seat
 
+ALL_DONE = "all rounds are done"
+"""Why a run ends that nobody stops."""
+
 
 @dataclass(frozen=True, slots=True)
 class NodeReady:
-    """`accepted` counts the node's contributions that audits accepted; an upload of 0 is not known yet."""
+    """`accepted` counts the node's contributions that audits accepted, or as many as weight asks for if it was invited.
+
+    `trusted` says that it is beyond probation; `since` is where its first registration stands in the log. An upload of 0 is
+    not known yet.
+    """
 
     peer: bytes
     round: int
@@ -21,6 +28,8 @@ class NodeReady:
     can_reduce: bool
     accepted: int
     upload_bytes_per_s: int = 0
+    trusted: bool = False
+    since: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +99,35 @@ class Resumed:
     away_ms: int
 
 
-Event = NodeReady | Seen | NodeGone | Committed | Sketched | PartPublished | PartHeld | Rooted | Opened | Tick | Resumed
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """The run owner wants no round to begin for now, or wants them to begin again."""
+
+    paused: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """The run owner wants no round to follow the one under way."""
+
+    reason: str
+
+
+Event = (
+    NodeReady
+    | Seen
+    | NodeGone
+    | Committed
+    | Sketched
+    | PartPublished
+    | PartHeld
+    | Rooted
+    | Opened
+    | Tick
+    | Resumed
+    | Pause
+    | Stop
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +173,9 @@ class RevealBeacon:
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """All rounds are done."""
+    """No round follows."""
+
+    reason: str = ALL_DONE
 
 
 Effect = PublishPlan | PublishCommitmentSet | RequestRoot | PublishManifest | RevealBeacon | Finish

@@ -12,14 +12,15 @@ at everybody may be worth it. Who has silently gone is noticed by the next `Tick
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
-from blake3 import blake3
 from immutables import Map
 
+from swarm_coordinator import seating
 from swarm_coordinator.round_events import (
+    ALL_DONE,
     Committed,
     Effect,
     Event,
@@ -29,6 +30,7 @@ from swarm_coordinator.round_events import (
     Opened,
     PartHeld,
     PartPublished,
+    Pause,
     PublishCommitmentSet,
     PublishManifest,
     PublishPlan,
@@ -38,6 +40,7 @@ from swarm_coordinator.round_events import (
     Rooted,
     Seen,
     Sketched,
+    Stop,
 )
 from swarm_protocol import aggregate, sketching
 from swarm_protocol.records import Seat
@@ -55,7 +58,7 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """What the machine needs of a RunSpec."""
+    """What the machine needs of a RunSpec. After `turn` slots somebody still on probation goes behind others in the queue."""
 
     run: bytes
     rounds: int
@@ -74,6 +77,8 @@ class Policy:
     weight_cap_tokens: int
     weight_after: int
     aggregator: aggregate.Name
+    budget: float = 1.0
+    turn: int = 20
 
     @classmethod
     def of(cls, spec: RunSpec, parts: int) -> Policy:
@@ -96,7 +101,14 @@ class Policy:
             weight_cap_tokens=spec.exchange.weight_cap_tokens,
             weight_after=spec.exchange.weight_after,
             aggregator=spec.exchange.aggregator,
+            budget=spec.audit.budget,
+            turn=max(1, 2 * spec.audit.probation),
         )
+
+    @property
+    def standard_tokens(self) -> int:
+        """Tokens of a contribution of full size."""
+        return self.steps * self.tokens_per_step
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +121,8 @@ class Offer:
     can_reduce: bool
     accepted: int
     upload_bytes_per_s: int = 0
+    trusted: bool = False
+    since: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,8 +150,10 @@ class State:
     """Where a run is. `phase_ends_ms` is None where only an event ends the phase.
 
     `nodes` are those heard of lately, by their keys; `ended` those whose standing ended; `previous` the roster of the round
-    before. `commitments` and `openings` are by slot. What is derived from the others, and kept since it is asked often:
-    `slots` (of the roster, by key), `offered` (how many nodes offered to take a slot in this round), `awaited` (how many
+    before. `commitments` and `openings` are by slot. `served` says how often somebody on probation had a slot, where they
+    queue; `stopping` why no round follows this one. What is derived from the others, and kept since it is asked often:
+    `slots` (of the roster, by key), `offered` (how many nodes offered to take a slot in this round), `newcomers` (how many of
+    them are on probation), `awaited` (how many
     nodes of the round before have not), `gone` (slots of the roster whose standing ended since).
     """
 
@@ -159,8 +175,12 @@ class State:
     root: bytes | None = None
     openings: Map[int, bytes] = Map()  # noqa: RUF009
     needs_sketches: bool = False
+    paused: bool = False
+    stopping: str | None = None
+    served: Map[bytes, int] = Map()  # noqa: RUF009
     slots: Mapping[bytes, int] = field(default_factory=dict, repr=False)
     offered: int = 0
+    newcomers: int = 0
     awaited: int = 0
     gone: int = 0
 
@@ -180,6 +200,10 @@ class State:
         """Whether this is an offer for a slot in this round."""
         return offer is not None and offer.round == self.round and offer.base == self.base
 
+    def takes_untrusted(self, offer: Offer | None) -> bool:
+        """Whether this is one by somebody on probation."""
+        return offer is not None and self.takes(offer) and not offer.trusted
+
 
 def advance(state: State, event: Event, now_ms: int) -> tuple[State, tuple[Effect, ...]]:
     """Take note of an event at a time, then leave every phase that is over. The same object comes back if nothing changed."""
@@ -195,7 +219,7 @@ def advance(state: State, event: Event, now_ms: int) -> tuple[State, tuple[Effec
 
 def ready_peers(state: State, now_ms: int) -> tuple[Node, ...]:
     """Nodes present that offered to take a slot in this round, from the right checkpoint."""
-    return tuple(node for node in state.nodes.values() if state.takes(node.offer) and _present(state, node, now_ms))
+    return tuple(node for node in state.nodes.values() if state.takes(node.offer) and is_present(state, node, now_ms))
 
 
 def _noted(state: State, event: Event, now_ms: int) -> State:
@@ -232,6 +256,10 @@ def _noted(state: State, event: Event, now_ms: int) -> State:
                 return state
             state = _heard(state, state.roster[slot].peer, now_ms)
             return replace(state, openings=state.openings.set(slot, event.nonce))
+        case Pause(paused=paused) if state.phase is not Phase.FINISHED and paused != state.paused:
+            return replace(state, paused=paused)
+        case Stop(reason=reason) if state.phase is not Phase.FINISHED and state.stopping is None:
+            return replace(state, stopping=reason)
         case Resumed(away_ms=away_ms) if away_ms:
             ends = None if state.phase_ends_ms is None else state.phase_ends_ms + away_ms
             nodes = {peer: replace(node, seen_ms=node.seen_ms + away_ms) for peer, node in state.nodes.items()}
@@ -247,7 +275,14 @@ def offered(state: State, event: NodeReady) -> Offer | None:
     if not this_round and not next_round:
         return None
     return Offer(
-        event.round, event.base, event.tokens_per_s, event.can_reduce, event.accepted, event.upload_bytes_per_s
+        event.round,
+        event.base,
+        event.tokens_per_s,
+        event.can_reduce,
+        event.accepted,
+        event.upload_bytes_per_s,
+        event.trusted,
+        event.since,
     )
 
 
@@ -275,6 +310,7 @@ def _heard(state: State, peer: bytes, now_ms: int, offer: Offer | None = None) -
         state,
         nodes=state.nodes.set(peer, Node(peer, now_ms, offer)),
         offered=state.offered + takes,
+        newcomers=state.newcomers + state.takes_untrusted(offer),
         awaited=state.awaited + (not takes and peer in state.previous),
     )
 
@@ -288,6 +324,7 @@ def _without(state: State, peer: bytes) -> State:
         state,
         nodes=state.nodes.delete(peer),
         offered=state.offered - takes,
+        newcomers=state.newcomers - state.takes_untrusted(known.offer),
         awaited=state.awaited - (not takes and peer in state.previous),
     )
 
@@ -338,8 +375,11 @@ def _step(state: State, now_ms: int, *, thorough: bool) -> tuple[State, Effect |
 
 def _assemble(state: State, now_ms: int, due: bool, *, thorough: bool) -> tuple[State, Effect | None] | None:
     policy = state.policy
-    if state.round >= policy.rounds:
-        return replace(state, phase=Phase.FINISHED, phase_ends_ms=None), Finish()
+    if state.round >= policy.rounds or state.stopping is not None:
+        reason = ALL_DONE if state.round >= policy.rounds or state.stopping is None else state.stopping
+        return replace(state, phase=Phase.FINISHED, phase_ends_ms=None, stopping=reason, paused=False), Finish(reason)
+    if state.paused:
+        return None if state.phase_ends_ms is None else (replace(state, phase_ends_ms=None), None)
     if not (due or thorough or _worth_looking(state)):
         return None
     ready = ready_peers(state, now_ms)
@@ -349,13 +389,14 @@ def _assemble(state: State, now_ms: int, due: bool, *, thorough: bool) -> tuple[
         return replace(state, phase_ends_ms=now_ms + policy.assemble_ms), None
     if not due and not _complete(state, ready, now_ms):
         return None
-    if len(ready) > policy.max_nodes:
-        ready = tuple(sorted(ready, key=lambda node: _lot(state, node.peer))[: policy.max_nodes])
-    able = reducers(policy, ready)
-    roster = tuple(_seat(policy, node, reducer=node.peer in able) for node in sorted(ready, key=lambda node: node.peer))
+    seated = seating.seated(state, ready)
+    able = seating.reducers(policy, seated)
+    by_key = sorted(seated, key=lambda node: node.peer)
+    roster = tuple(seating.seat(policy, node, reducer=node.peer in able) for node in by_key)
     commit_by_ms = now_ms + policy.train_ms
     slots = {seat.peer: slot for slot, seat in enumerate(roster)}
-    state = replace(state, phase=Phase.TRAINING, phase_ends_ms=commit_by_ms, roster=roster, slots=slots)
+    served = seating.served(state, seated)
+    state = replace(state, phase=Phase.TRAINING, phase_ends_ms=commit_by_ms, roster=roster, slots=slots, served=served)
     plan = PublishPlan(state.round, state.base, roster, state.cursor, commit_by_ms, commit_by_ms + policy.exchange_ms)
     return state, plan
 
@@ -364,48 +405,17 @@ def _worth_looking(state: State) -> bool:
     """Whether the counts allow that enough are ready, or that waiting longer for more is pointless; O(1)."""
     if state.phase_ends_ms is None:
         return state.offered >= state.policy.min_nodes
-    return state.offered >= state.policy.max_nodes or (bool(state.previous) and not state.awaited)
+    return seating.most(state) >= state.policy.max_nodes or (bool(state.previous) and not state.awaited)
 
 
 def _complete(state: State, ready: tuple[Node, ...], now_ms: int) -> bool:
     """Whether waiting longer for more nodes is pointless."""
-    if len(ready) >= state.policy.max_nodes:
+    if len(ready) >= state.policy.max_nodes and len(seating.seated(state, ready)) >= state.policy.max_nodes:
         return True
     if not state.previous:
         return False
     here = (state.nodes.get(peer) for peer in state.previous)
-    return all(state.takes(node.offer) for node in here if node is not None and _present(state, node, now_ms))
-
-
-def reducers(policy: Policy, ready: Iterable[Node]) -> set[bytes]:
-    """Who may reduce of those that offered to take a slot: who can be reached and has standing, which weight stands for.
-
-    While nobody has, as in the first rounds of a run, all who can be reached.
-    """
-    able = [node for node in ready if node.offer is not None and node.offer.can_reduce]
-    standing = {node.peer for node in able if node.offer and node.offer.accepted >= policy.weight_after}
-    return standing or {node.peer for node in able}
-
-
-def _seat(policy: Policy, node: Node, *, reducer: bool) -> Seat:
-    offer = node.offer
-    assert offer is not None
-    steps = policy.steps
-    if not policy.fixed_steps:
-        # Four fifths of what the declared speed allows: the last fifth is for hashing and hiccups.
-        possible = int(0.8 * offer.tokens_per_s * policy.train_ms / 1000 / policy.tokens_per_step)
-        steps = max(1, min(possible, policy.steps))
-    weight = 0
-    if offer.accepted >= policy.weight_after:
-        weight = min(steps * policy.tokens_per_step, policy.weight_cap_tokens)
-    upload = offer.upload_bytes_per_s
-    return Seat(peer=node.peer, steps=steps, weight=weight, reducer=reducer, upload_bytes_per_s=upload)
-
-
-def _lot(state: State, peer: bytes) -> bytes:
-    """Who gets a slot where more are ready than there are: the lowest hash."""
-    material = state.policy.run + state.round.to_bytes(8, "little") + peer
-    return blake3(material, derive_key_context="swarm-node 2026 roster").digest()
+    return all(state.takes(node.offer) for node in here if node is not None and is_present(state, node, now_ms))
 
 
 def _close_contributions(state: State, now_ms: int) -> tuple[State, Effect]:
@@ -429,9 +439,12 @@ def _next_round(state: State, now_ms: int) -> State:
         base=state.root,
         round=state.round + 1,
         cursor=state.cursor + windows,
-        nodes=Map({peer: node for peer, node in state.nodes.items() if _present(state, node, now_ms)}),
+        nodes=Map({peer: node for peer, node in state.nodes.items() if is_present(state, node, now_ms)}),
         ended=state.ended,
         previous=frozenset(state.slots),
+        paused=state.paused,
+        stopping=state.stopping,
+        served=state.served,
     )
     return with_counts(following)
 
@@ -443,6 +456,7 @@ def with_counts(state: State) -> State:
         state,
         slots={seat.peer: slot for slot, seat in enumerate(state.roster)},
         offered=len(offering),
+        newcomers=sum(state.takes_untrusted(node.offer) for node in state.nodes.values()),
         awaited=len(state.previous.intersection(state.nodes)) - len(state.previous.intersection(offering)),
         gone=sum(seat.peer in state.ended for seat in state.roster),
     )
@@ -470,7 +484,8 @@ def _best(state: State, part: int) -> bytes | None:
     return min(held, key=lambda average: (-len(average.slots), average.record_hash)).record_hash
 
 
-def _present(state: State, node: Node, now_ms: int) -> bool:
+def is_present(state: State, node: Node, now_ms: int) -> bool:
+    """Whether a node was heard of lately."""
     return now_ms - node.seen_ms <= state.policy.presence_ms
 
 

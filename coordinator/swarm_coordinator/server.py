@@ -1,4 +1,8 @@
-"""`swarm-coordinator serve`: the API, the run's clock and the run owner's workers, from start to a clean end."""
+"""`swarm-coordinator serve`: the API, the run's clock and the run owner's workers, from start to a clean end.
+
+The first SIGINT or SIGTERM answers what waits, ends the workers and exits with 0. The second exits at once, with 130: what
+was acknowledged is on disk already, and the kernel ends the workers.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,9 @@ import logging
 import os
 import signal
 import socket
+import ssl
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,9 +23,10 @@ from pathlib import Path
 import uvicorn
 from fastapi import FastAPI
 
+from swarm_coordinator import config
 from swarm_coordinator.app import create_app
 from swarm_coordinator.run_directory import RunDirectory
-from swarm_coordinator.service import Service, open_service
+from swarm_coordinator.service import Service, offices, open_service
 from swarm_coordinator.supervisor import supervise
 from swarm_protocol.errors import ConfigurationError
 from swarm_protocol.records import Role
@@ -28,57 +35,102 @@ log = logging.getLogger(__name__)
 
 BACKLOG = 2048
 APPOINTMENTS_S = 2.0
+FAILURE_S = 0.25
+LOCK_S = 0.5
 
 
-async def serve(directory: Path, host: str, port: int, *, workers: bool) -> None:
+async def serve(directory: Path, serving: config.Server, *, workers: bool) -> None:
     """Serve the run in a directory until SIGINT or SIGTERM.
 
     Raises:
-        ConfigurationError: no run there, another coordinator serves it, or the port is in use.
+        ConfigurationError: no run there, another coordinator serves it, the port is in use, the certificate cannot be used,
+            or nodes hold what was signed after the backup that the run was restored from.
     """
     home = RunDirectory(directory)
     spec = home.spec()
-    with _only_one(home), contextlib.closing(_listen(host, port)) as listener:
-        url = _url(host, listener.getsockname()[1])
+    secure = serving.tls_certificate is not None
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_only_one(home))
+        listener = stack.enter_context(contextlib.closing(_listen(serving.host, serving.port)))
+        url = _url("https" if secure else "http", serving.host, listener.getsockname()[1])
         async with open_service(home) as service:
-            server = _Server(create_app(service), f"serving run {spec.name} {spec.run_id.hex()} at {url}")
-            _stop_on_signals(server, service)
+            app = create_app(service)
+            server = _Server(app, serving, f"serving run {spec.name} {spec.run_id.hex()} at {url}")
+            servers = [server]
+            _stop_on_signals(servers, service)
             async with asyncio.TaskGroup() as tasks:
-                others = [tasks.create_task(service.run_clock()), tasks.create_task(_appoint(home, service))]
+                others = [
+                    tasks.create_task(service.run_clock()),
+                    tasks.create_task(_appoint(home, service)),
+                    tasks.create_task(_end_on_failure(servers, service)),
+                ]
+                if workers and secure:
+                    # The run owner's own processes need no certificate for this machine's inner address.
+                    inner = stack.enter_context(contextlib.closing(_listen("127.0.0.1", 0)))
+                    servers.append(_Server(app, config.Server(), None))
+                    others.append(tasks.create_task(servers[1].serve(sockets=[inner])))
+                    url = _url("http", "127.0.0.1", inner.getsockname()[1])
                 if workers:
-                    others += [
-                        tasks.create_task(supervise(name, command)) for name, command in _commands(home, url).items()
-                    ]
+                    commands = _commands(home, url, serving.host)
+                    others += [tasks.create_task(supervise(name, command)) for name, command in commands.items()]
                 await server.serve(sockets=[listener])
                 for task in others:
                     task.cancel()
+            if service.failure is not None:
+                raise ConfigurationError(service.failure)
 
 
 async def _appoint(home: RunDirectory, service: Service) -> None:
     """Give their office to auditors that are appointed while the run goes on."""
-    known = set(home.appointed())
+    known: set[tuple[Role, bytes]] = set()
     while True:
-        await asyncio.sleep(APPOINTMENTS_S)
         try:
-            for key in set(home.appointed()) - known:
-                await service.appoint(Role.AUDITOR, key)
-                known.add(key)
+            for role, key in offices(home):
+                if (role, key) not in known and await service.appoint(role, key):
+                    known.add((role, key))
         except (ConfigurationError, OSError) as error:
             log.warning("%s", error)
+        await asyncio.sleep(APPOINTMENTS_S)
+
+
+async def _end_on_failure(servers: list[_Server], service: Service) -> None:
+    """A run that cannot go on is served no longer."""
+    while service.failure is None:  # noqa: ASYNC110  # it is noticed by the thread that writes
+        await asyncio.sleep(FAILURE_S)
+    log.error("%s", service.failure)
+    service.stop_waiting()
+    for server in servers:
+        server.should_exit = True
 
 
 class _Server(uvicorn.Server):
     """Says a line when it is ready, and leaves signals to us: the children have to be ended as well."""
 
-    def __init__(self, app: FastAPI, announcement: str) -> None:
-        super().__init__(
-            uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=1)
+    def __init__(self, app: FastAPI, serving: config.Server, announcement: str | None) -> None:
+        settings = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            timeout_graceful_shutdown=1,
+            ssl_certfile=serving.tls_certificate,
+            ssl_keyfile=serving.tls_key,
+            proxy_headers=bool(serving.behind_proxy),
+            forwarded_allow_ips=list(serving.behind_proxy),
         )
+        try:
+            settings.load()
+        except (OSError, ssl.SSLError) as error:
+            raise ConfigurationError(
+                f"the certificate {serving.tls_certificate} and its key {serving.tls_key} cannot be used: {error}. Both are "
+                "PEM files; the certificate's comes with its chain"
+            ) from error
+        super().__init__(settings)
         self._announcement = announcement
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        if self.started:
+        if self.started and self._announcement is not None:
             sys.stdout.write(self._announcement + "\n")
             sys.stdout.flush()
 
@@ -87,19 +139,21 @@ class _Server(uvicorn.Server):
         yield
 
 
-def _commands(home: RunDirectory, url: str) -> dict[str, list[str]]:
+def _commands(home: RunDirectory, url: str, host: str) -> dict[str, list[str]]:
     program = [sys.executable, "-m", "swarm_coordinator"]
-    commands = {"checkpoint worker": [*program, "worker", str(home.root), "--url", url]}
+    commands = {"checkpoint worker": [*program, "worker", str(home.root), "--url", url, "--host", host]}
     for path in home.auditor_keys():
         commands[f"auditor {path.stem}"] = [*program, "audit", str(home.root), "--url", url, "--key", str(path)]
     return commands
 
 
-def _stop_on_signals(server: uvicorn.Server, service: Service) -> None:
+def _stop_on_signals(servers: list[_Server], service: Service) -> None:
     def stop() -> None:
+        if servers[0].should_exit:
+            os._exit(130)
         service.stop_waiting()
-        server.force_exit = server.should_exit
-        server.should_exit = True
+        for server in servers:
+            server.should_exit = True
 
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop)
@@ -115,8 +169,8 @@ def _listen(host: str, port: int) -> socket.socket:
         ) from error
 
 
-def _url(host: str, port: int) -> str:
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+def _url(scheme: str, host: str, port: int) -> str:
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 @contextmanager
@@ -124,10 +178,15 @@ def _only_one(home: RunDirectory) -> Iterator[None]:
     """Two coordinators would sign two histories: the second one is refused."""
     descriptor = os.open(home.lock_file, os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigurationError(f"another coordinator serves {home.root}; stop it first") from error
+        end = time.monotonic() + LOCK_S
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() > end:  # a command may have looked just now whether somebody serves the run
+                    raise ConfigurationError(f"another coordinator serves {home.root}; stop it first") from error
+            time.sleep(LOCK_S / 10)
         yield
     finally:
         os.close(descriptor)

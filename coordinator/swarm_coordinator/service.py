@@ -78,6 +78,21 @@ class Service:
         """Size and root of the log, as of the last commit."""
         return self._journal.log_head
 
+    @property
+    def recovering(self) -> bool:
+        """Whether the run was restored from a backup, and nodes are asked for what was signed last."""
+        return self._journal.recovering
+
+    @property
+    def failure(self) -> str | None:
+        """Why this run cannot be served any more, if that is so."""
+        return self._journal.failure
+
+    @property
+    def now_ms(self) -> int:
+        """The service's own time."""
+        return self._clock()
+
     def signed_head(self) -> tuple[int, bytes, bytes]:
         """Size and root of the log as of the last commit, and the encoded Envelope of its LogHead."""
         size, root = self.log_head
@@ -157,13 +172,14 @@ class Service:
         return receipt
 
     async def tick(self) -> None:
-        """Let the phases that are over end."""
+        """Let the phases that are over end, and do what the run owner has ordered."""
         await self._write(lambda: self._wake(self._journal.tick(self._clock())))
+        await self._write(lambda: self._wake(self._journal.carry_out_orders(self._clock())))
         self._ticked_s = self._loop.time()
 
-    async def appoint(self, role: Role, key: bytes) -> None:
-        """Give a key an office, once."""
-        await self._write(lambda: self._journal.appoint(role, key, self._clock()))
+    async def appoint(self, role: Role, key: bytes) -> bool:
+        """Give a key an office, once. False if that has to wait until a restored run goes on."""
+        return await self._write(lambda: self._journal.appoint(role, key, self._clock()))
 
     async def mark_alive(self) -> None:
         """Note that the coordinator is up, and when nodes were last heard of."""
@@ -277,12 +293,21 @@ async def open_service(directory: RunDirectory, clock: Callable[[], int] | None 
     clock = clock or steady_clock()
     service = Service(Journal.open(directory, clock()), Store(directory.objects_url()), clock)
     try:
-        if directory.worker_key.exists():
-            await service.appoint(Role.CHECKPOINT_WORKER, Identity.load(directory.worker_key).public_key)
-        for path in directory.auditor_keys():
-            await service.appoint(Role.AUDITOR, Identity.load(path).public_key)
-        for key in directory.appointed():
-            await service.appoint(Role.AUDITOR, key)
+        for role, key in offices(directory):
+            await service.appoint(role, key)
         yield service
     finally:
         await service.close()
+
+
+def offices(directory: RunDirectory) -> list[tuple[Role, bytes]]:
+    """Who is to have an office, by the keys and appointments in a run's directory.
+
+    Raises:
+        ConfigurationError: a file is damaged.
+    """
+    found = [(Role.AUDITOR, Identity.load(path).public_key) for path in directory.auditor_keys()]
+    found += [(Role.AUDITOR, key) for key in directory.appointed()]
+    if directory.worker_key.exists():
+        found.insert(0, (Role.CHECKPOINT_WORKER, Identity.load(directory.worker_key).public_key))
+    return found

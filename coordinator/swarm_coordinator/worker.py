@@ -53,8 +53,10 @@ PARALLEL = 4
 T = TypeVar("T")
 
 
-async def run(directory: Path, url: str) -> None:
+async def run(directory: Path, url: str, host: str | None = None) -> None:
     """Work until the run is finished, or until cancelled.
+
+    `host` is where the coordinator listens for nodes, if that is elsewhere than at `url`: peers come from there as well.
 
     Raises:
         SwarmError: the worker cannot do its work here.
@@ -64,7 +66,7 @@ async def run(directory: Path, url: str) -> None:
     client = await persist(lambda: CoordinatorClient.connect(url), deadline_s=START_PATIENCE_S)
     async with client:
         training.configure(1)
-        listen = f"/ip4/{_host(url)}/tcp/{_port(directory / 'worker' / 'peer-port')}"
+        listen = f"/ip4/{_host(host or url)}/tcp/{_port(directory / 'worker' / 'peer-port')}"
         plane = await PeerPlane.start(home.worker_key, client.spec.run_id, listen=[listen])
         try:
             with SigningLedger(directory / "worker" / "signed.db", identity) as ledger:
@@ -77,8 +79,8 @@ async def run(directory: Path, url: str) -> None:
 
 
 def _host(url: str) -> str:
-    """The address to listen on: loopback for a coordinator on loopback."""
-    host = url.split("://")[-1].split("/")[0].rsplit(":", 1)[0]
+    """The address to listen on, by that of the coordinator or its URL: loopback for a coordinator on loopback."""
+    host = url if "://" not in url else url.split("://")[-1].split("/")[0].rsplit(":", 1)[0]
     return "127.0.0.1" if host in ("127.0.0.1", "localhost") else "0.0.0.0"  # noqa: S104  # peers come from anywhere
 
 
@@ -120,7 +122,12 @@ class CheckpointWorker:
         try:
             self._evaluations.put_nowait(checkpoint)
             while checkpoint.round < self._spec.rounds.count:
-                checkpoint = await self._round(checkpoint)
+                try:
+                    checkpoint = await self._round(checkpoint)
+                except RefusedError as error:
+                    if error.code != "run-finished":
+                        raise
+                    break
                 await self._evaluations.put(checkpoint)
             await self._evaluations.join()
         finally:

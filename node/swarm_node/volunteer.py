@@ -62,6 +62,7 @@ class Activity:
     steps: int = 0
     loss: float | None = None
     contributions: int = 0
+    place: str = ""
     checkpoint: dict[str, Any] = field(default_factory=dict)
     bytes_sent: int = 0
     bytes_received: int = 0
@@ -133,14 +134,19 @@ class Volunteer:
         auditing = asyncio.create_task(self._audit()) if self._audits else None
         try:
             while not self._stopping.is_set():
-                finished = (await self._patiently(self._client.status))["phase"] == "finished"
+                status = await self._patiently(self._client.status)
                 checkpoint = await self._catch_up()
-                if finished and checkpoint.round == self._spec.rounds.count:
-                    self._say(
-                        f"The run is finished: {checkpoint.round} rounds, checkpoint {checkpoint.root.hex()[:12]}."
-                    )
+                if status["phase"] == "finished" and checkpoint.round == status["round"]:
+                    why = "" if checkpoint.round == self._spec.rounds.count else f", {status['ended']}"
+                    root = checkpoint.root.hex()[:12]
+                    self._say(f"The run is finished{why}: {checkpoint.round} rounds, checkpoint {root}.")
                     break
-                plan = await self._wait_for_plan(checkpoint)
+                try:
+                    plan = await self._wait_for_plan(checkpoint)
+                except RefusedError as error:
+                    if error.code != "run-finished":
+                        raise
+                    continue
                 if plan is not None:
                     await self._take_part(plan, checkpoint, shards)
             await self._serve_out()
@@ -176,7 +182,10 @@ class Volunteer:
                 if time.monotonic() - announced_at > ADDRESS_TTL_S / 3:
                     await self._announce(tuple(addresses[:16]))
                     announced_at = time.monotonic()
-                self._bootstrap = (await self._client.status())["peers"] or self._bootstrap
+                status = await self._client.status()
+                if status.get("recovering"):
+                    await self._client.hand_in()
+                self._bootstrap = status["peers"] or self._bootstrap
                 await self._plane.dial(self._bootstrap)
             except (SwarmError, OSError, TimeoutError, ValueError) as error:
                 log.info("the peer plane is not whole yet: %s", error)
@@ -241,7 +250,7 @@ class Volunteer:
                     )
                 )
             except RefusedError as error:
-                if error.status == 403:
+                if error.status == 403 or error.code == "run-finished":
                     raise
                 log.info("the coordinator does not wait for us in round %d: %s", checkpoint.round, error)
             plan = await self._unless_stopping(
@@ -249,12 +258,29 @@ class Volunteer:
             )
             if plan is not None:
                 return plan
+            await self._say_what_we_wait_for()
             if (await self._patiently(self._client.latest_checkpoint))[0] > checkpoint.round:
                 return None
         return None
 
+    async def _say_what_we_wait_for(self) -> None:
+        """Where we stand on the way to a slot, when that has changed."""
+        try:
+            sentence = str((await self._client.place(self._key)).get("sentence", ""))[:300]
+        except (UnreachableError, RefusedError, InvalidDataError) as error:
+            log.info("the coordinator does not say where we stand: %s", error)
+            return
+        if sentence != self.progress.place:
+            self._say(f"Waiting: {sentence}.")
+        self.progress.place = sentence
+        self._tell("waiting for the round to start")
+
     async def _take_part(self, plan: RoundPlan, checkpoint: Checkpoint, shards: fetch.Shards) -> None:
         slot = plan.slot_of(self._key)
+        if slot is None:
+            await self._say_what_we_wait_for()
+        else:
+            self.progress.place = ""
         closing = asyncio.create_task(self._commitments(plan))
         try:
             mine = None if slot is None else await self._contribute(plan, slot, checkpoint, shards, closing)

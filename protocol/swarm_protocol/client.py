@@ -36,6 +36,7 @@ from swarm_protocol.records import (
     Envelope,
     LogHead,
     PartRecord,
+    Record,
     Role,
     RoundManifest,
     RoundPlan,
@@ -101,6 +102,7 @@ class CoordinatorClient:
         self._base = f"{url}/v1/runs/{spec.run_id.hex()}"
         self._owner = bytes.fromhex(spec.coordinator)
         self.traffic = Traffic()
+        self._newest: dict[str, tuple[int, Envelope]] = {}
 
     @classmethod
     async def connect(cls, url: str, *, token: str | None = None, timeout_s: float = TIMEOUT_S) -> CoordinatorClient:
@@ -153,11 +155,30 @@ class CoordinatorClient:
         headers = {"content-type": CBOR}
         if self._token:
             headers["authorization"] = f"Bearer {self._token}"
-        response = await self._call("POST", "/records", MAX_JSON_BYTES, content=envelope.encode(), headers=headers)
+        try:
+            response = await self._call("POST", "/records", MAX_JSON_BYTES, content=envelope.encode(), headers=headers)
+        except RefusedError as error:
+            if error.code == "recovering":
+                raise UnreachableError(str(error)) from error
+            raise
         receipt = _json(response)
         if not isinstance(receipt, dict):
             raise InvalidDataError("the coordinator's receipt is not an object")
         return receipt
+
+    async def hand_in(self) -> None:
+        """Show a coordinator that was restored from a backup the newest records of its own that we have seen."""
+        for _, envelope in list(self._newest.values()):
+            try:
+                await self.post(envelope)
+            except RefusedError as error:
+                log.warning("the coordinator does not take back what it signed: %s", error)
+
+    def _keep(self, envelope: Envelope, record: Record) -> None:
+        """Note what the coordinator signed, the newest of each kind, for `hand_in`."""
+        number, _ = self._newest.get(record.kind, (-1, None))
+        if record.round >= number:
+            self._newest[record.kind] = (record.round, envelope)
 
     async def record(self, record_hash: bytes) -> Envelope:
         """A record by its hash; whoever needs it checks who signed it."""
@@ -169,9 +190,12 @@ class CoordinatorClient:
     async def plan(self, round_number: int, *, wait_s: float = 0.0) -> RoundPlan | None:
         """The plan of a round, or None if it is not there after `wait_s`."""
         raw = await self._poll(f"/rounds/{round_number}/plan", wait_s, MAX_RECORD_BYTES)
-        return None if raw is None else Envelope.decode(raw).open_as(
-            RoundPlan, run=self.spec.run_id, round=round_number, key=self._owner
-        )  # fmt: skip
+        if raw is None:
+            return None
+        envelope = Envelope.decode(raw)
+        found = envelope.open_as(RoundPlan, run=self.spec.run_id, round=round_number, key=self._owner)
+        self._keep(envelope, found)
+        return found
 
     async def commitments(self, plan: RoundPlan, *, wait_s: float = 0.0) -> Commitments | None:
         """The commitments that count in a round, checked against the plan and the signed set."""
@@ -254,6 +278,7 @@ class CoordinatorClient:
             return None
         first, *rest = _not_empty(raw)
         manifest = first.open_as(RoundManifest, run=self.spec.run_id, round=plan.round, key=self._owner)
+        self._keep(first, manifest)
         if manifest.plan != plan.hash or manifest.base != plan.base:
             raise InvalidDataError("the manifest does not belong to the plan")
         if len(manifest.parts) != part_count(self.spec):
@@ -275,9 +300,12 @@ class CoordinatorClient:
     async def beacon(self, round_number: int, *, wait_s: float = 0.0) -> BeaconReveal | None:
         """The beacon value of a round, once it is revealed."""
         raw = await self._poll(f"/rounds/{round_number}/beacon", wait_s, MAX_RECORD_BYTES)
-        return None if raw is None else Envelope.decode(raw).open_as(
-            BeaconReveal, run=self.spec.run_id, round=round_number, key=self._owner
-        )  # fmt: skip
+        if raw is None:
+            return None
+        envelope = Envelope.decode(raw)
+        found = envelope.open_as(BeaconReveal, run=self.spec.run_id, round=round_number, key=self._owner)
+        self._keep(envelope, found)
+        return found
 
     # Everything else
 
@@ -317,6 +345,13 @@ class CoordinatorClient:
         if not isinstance(detail, dict):
             raise InvalidDataError("the coordinator's account of a round is not an object")
         return detail
+
+    async def place(self, key: bytes) -> dict[str, Any]:
+        """Where an identity stands on its way to a slot (see the API's `Place`)."""
+        place = _json(await self._call("GET", f"/nodes/{key.hex()}/place", MAX_JSON_BYTES))
+        if not isinstance(place, dict):
+            raise InvalidDataError("the coordinator's answer about our place is not an object")
+        return place
 
     async def open_audits(self, auditor: bytes, *, wait_s: float = 0.0) -> list[dict[str, Any]]:
         """Audits that this auditor has not given a verdict on."""

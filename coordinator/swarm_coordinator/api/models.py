@@ -119,10 +119,15 @@ class RunStatus(BaseModel):
     protocol: int
     numerics: str
     coordinator: Hex = Field(description="the key that signs plans, manifests and beacon values")
-    round: int = Field(description="the current one; equal to `rounds` once the run has finished")
+    round: int = Field(description="the current one; once the run has finished, how many it had")
     rounds: int
     phase: Phase
     phase_ends_ms: int | None = Field(description="when the phase ends at the latest; null if only an event ends it")
+    paused: bool = Field(description="whether the run owner wants no round to begin for now")
+    ended: str | None = Field(description="why the run has finished, or will after this round; null while it goes on")
+    recovering: bool = Field(
+        description="whether the run was restored from a backup: nothing is signed before nodes were asked for newer records"
+    )
     peers: list[str] = Field(description="multiaddrs of the peer plane's way in")
     checkpoint: CheckpointName = Field(description="the newest sealed one")
     parameters: int
@@ -144,6 +149,20 @@ class RoundPage(BaseModel):
 class NodePage(BaseModel):
     nodes: list[NodeStatus] = Field(description="by key")
     next: Hex | None = Field(description="`after` of the next page; null if this is the last one")
+
+
+class Place(BaseModel):
+    """Where a node stands on its way to a slot."""
+
+    state: Literal["seated", "waiting", "queued", "unknown", "ended"] = Field(
+        description="in the round's plan; has a place in the next one, as far as can be said; waits its turn on probation; "
+        "has not registered, or is not heard of; takes no further part"
+    )
+    position: int | None = Field(description="in the queue, from 1; null for who does not queue")
+    room: int | None = Field(description="how many on probation may train at once, where they queue")
+    vouched: float = Field(description="contributions of full size that audits have vouched for")
+    probation: int = Field(description="how many of them it takes to be trusted")
+    sentence: str = Field(description="all of this for people")
 
 
 class ReceiptModel(BaseModel):

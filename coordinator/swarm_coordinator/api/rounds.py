@@ -6,6 +6,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Response
 
+from swarm_coordinator.admission import finished
 from swarm_coordinator.api.access import (
     CBOR,
     IfNoneMatch,
@@ -54,8 +55,8 @@ async def plan(run: TheRun, number: RoundNumber, wait_s: Wait, if_none_match: If
         check_round(run.spec, number)
 
     def query(archive: Archive) -> bytes | None:
-        if number == run.spec.rounds.count and run.state.phase is Phase.FINISHED:
-            raise RefusedError("the run has finished; thank you", status=410, code="run-finished")
+        if number >= run.state.round and run.state.phase is Phase.FINISHED:
+            raise RefusedError(finished(run.state), status=410, code="run-finished")
         row = archive.round(number)
         return None if row is None else _envelope(archive, row.plan)
 

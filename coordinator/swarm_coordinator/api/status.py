@@ -7,6 +7,7 @@ from typing import Literal
 
 from sqlalchemy import func, select
 
+from swarm_coordinator import recovery
 from swarm_coordinator.api.models import (
     AuditCounts,
     CheckpointName,
@@ -75,6 +76,9 @@ def run_status(spec: RunSpec, state: State, archive: Archive) -> RunStatus:
         rounds=spec.rounds.count,
         phase=state.phase,
         phase_ends_ms=state.phase_ends_ms,
+        paused=state.paused,
+        ended=state.stopping,
+        recovering=recovery.is_pending(archive),
         peers=_peers(archive),
         checkpoint=newest_checkpoint(spec, archive),
         parameters=spec.model.num_parameters,

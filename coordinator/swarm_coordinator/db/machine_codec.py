@@ -16,7 +16,7 @@ from swarm_protocol.records import Seat
 
 _EVENTS: dict[str, type[Any]] = {kind.__name__: kind for kind in get_args(Event)}
 _READERS: dict[str, TypeAdapter[Event]] = {name: TypeAdapter(kind) for name, kind in _EVENTS.items()}
-_DERIVED = ("slots", "offered", "awaited", "gone")
+_DERIVED = ("slots", "offered", "newcomers", "awaited", "gone")
 _NEWER = EncodingError("the database holds a state or an event that this version does not know; upgrade swarm-node")
 
 
@@ -32,6 +32,7 @@ def encode_state(state: State) -> bytes:
         "commitments": sorted(state.commitments.items()),
         "averages": [_plain(average) for average in state.averages],
         "openings": sorted(state.openings.items()),
+        "served": sorted(state.served.items()),
     }
     return cbor2.dumps(plain)
 
@@ -53,6 +54,7 @@ def decode_state(data: bytes) -> State:
             "averages": tuple(Average(**{**one, "slots": tuple(one["slots"])}) for one in plain["averages"]),
             "parts": tuple(plain["parts"]),
             "openings": Map(dict(plain["openings"])),
+            "served": Map(dict(plain.get("served", []))),
         }
         return with_counts(State(**plain))
     except (cbor2.CBORDecodeError, KeyError, TypeError, ValueError) as error:

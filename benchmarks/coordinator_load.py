@@ -1,9 +1,9 @@
 """A coordinator under load: synthetic nodes with real keys and real signed records, on loopback.
 
-    python benchmarks/coordinator_load.py [--nodes N] [--rounds R] [--json] [--slots S] [--pace X] [--database URL] [--profile]
+    python benchmarks/coordinator_load.py [--nodes N] [--rounds R] [--json] [--slots S] [--pace X] [--database URL]
 
-A real `swarm-coordinator serve --no-workers` process; nodes, checkpoint worker and auditors are tasks of this process, with one
-connection each (`coordinator_parties`). A round takes about 60 s / pace: heartbeats every 10 s / pace and long-polls in
+A real `swarm-coordinator serve --no-workers` process; nodes, checkpoint worker and auditors are tasks of this process, with
+one connection each (`coordinator_parties`). A round takes about 60 s / pace: heartbeats every 10 s / pace and long-polls in
 between, commitments spread over 30 s / pace, openings and the next round's first heartbeat spread over 5 s / pace (`--herd`:
 all at once). The mean is the aggregator, so there are no sketches; audits draw 2 % of the contributions. `errors` are answers
 that are no success, and requests without one. `p50_s` and `p99_s` are over all requests that do not wait; `wake` is the time
@@ -35,7 +35,7 @@ import uvloop
 from coordinator_parties import Node, Party, Shape, Swarm, key, make_run, play
 
 START_S = 60.0
-TOP = 45
+TOP = 30
 
 
 class Server:
@@ -140,7 +140,7 @@ def quantiles(values: Iterable[float]) -> dict[str, float | None]:
 
 
 def top_functions(stacks: Path) -> list[dict[str, Any]]:
-    """Functions by the CPU time under them, of all that was sampled; `own` is their own."""
+    """Our functions by the share of CPU time under them, then everybody's by what they took themselves (`own`)."""
     cumulative, own, total = Counter[str](), Counter[str](), 0
     for line in stacks.read_text().splitlines():
         stack, _, spent = line.rpartition(" ")
@@ -149,10 +149,11 @@ def top_functions(stacks: Path) -> list[dict[str, Any]]:
         own[frames[-1]] += int(spent)
         for name in set(frames):
             cumulative[name] += int(spent)
+    ours = [name for name, _ in cumulative.most_common() if name.startswith("swarm_")][:TOP]
+    theirs = [name for name, _ in own.most_common(TOP) if name not in ours]
     return [
-        {"function": name, "share": round(spent / total, 4), "own": round(own[name] / total, 4)}
-        for name, spent in cumulative.most_common(400)
-        if not name.startswith(("python", "threading"))
+        {"function": name, "share": round(cumulative[name] / total, 4), "own": round(own[name] / total, 4)}
+        for name in (*ours, *theirs)
     ]
 
 
@@ -161,10 +162,11 @@ def report(result: dict[str, Any], shape: Shape, pace: float) -> None:
         f"{shape.nodes} nodes, {shape.slots} slots, {result['rounds']} of {shape.rounds} rounds, pace {pace:g} "
         f"(a round of 60 s in {60 / pace:g} s; measured {result['round_s']} s)"
     )
+    print(f"  errors {result['errors']} {result['error_kinds'] or ''}")
+    for name in ("", "wake_"):
+        print(f"  {name or 'answer_'}p50 {result[f'{name}p50_s']} s, {name or 'answer_'}p99 {result[f'{name}p99_s']} s")
     print(
-        f"  errors {result['errors']} {result['error_kinds'] or ''}\n"
-        f"  p50 {result['p50_s']} s, p99 {result['p99_s']} s; wake p50 {result['wake_p50_s']} s, p99 {result['wake_p99_s']} s\n"
-        f"  {result['requests_per_s']} requests/s over {result['wall_s']} s, {result['megabytes_received']} MB received by nodes\n"
+        f"  {result['requests_per_s']} requests/s over {result['wall_s']} s, {result['megabytes_received']} MB to nodes\n"
         f"  server {result['server_cpu_s']} CPU s, peak {result['rss_mb']} MB; generator {result['generator_cpu_s']} CPU s, "
         f"p99 of its own lag {result['generator_lag_p99_s']} s"
     )
@@ -220,7 +222,7 @@ def main() -> None:
         finally:
             server.stop()
         if stacks is not None:
-            result["profile"] = top_functions(stacks)[:TOP]
+            result["profile"] = top_functions(stacks)
     result |= {"nodes": shape.nodes, "slots": shape.slots, "pace": pace, "herd": options.herd}
     processor = next(
         (

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from functools import cache
 from pathlib import Path
 from types import FrameType
 
@@ -47,10 +48,16 @@ def _stack(frame: FrameType | None) -> str:
     frames = []
     while frame is not None:
         code = frame.f_code
-        where = "/".join(Path(code.co_filename).parts[-2:])
-        frames.append(f"{where}:{code.co_qualname}")
+        frames.append(f"{_module(code.co_filename)}:{code.co_qualname}")
         frame = frame.f_back
     return ";".join(reversed(frames))
+
+
+@cache
+def _module(filename: str) -> str:
+    """The file by its place in its package, as `swarm_coordinator/journal.py`."""
+    roots = [root for root in sys.path if root and filename.startswith(f"{root}/")]
+    return filename.removeprefix(max(roots, key=len, default="")).lstrip("/")
 
 
 def run() -> None:

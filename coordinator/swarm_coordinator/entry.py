@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
+from swarm_coordinator import evaluations
 from swarm_coordinator.books import Books
 from swarm_coordinator.db.archive import Archive
 from swarm_coordinator.db.machine_codec import encode_event, encode_state
@@ -57,6 +58,7 @@ from swarm_protocol.records import (
     CommitmentSet,
     Envelope,
     Equivocation,
+    Evaluation,
     PartHeld,
     PartVerdict,
     Ready,
@@ -117,6 +119,8 @@ class Entry:
         )
         self._session.add(row)
         self._session.flush()
+        if isinstance(record, Evaluation):
+            evaluations.note(self._session, self._run, record)
         return row
 
     def heard(self, key: bytes) -> None:

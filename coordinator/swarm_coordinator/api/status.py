@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from swarm_coordinator import books
+from swarm_coordinator import books, evaluations
 from swarm_coordinator.api.models import (
     AuditCounts,
     CheckpointName,
@@ -24,7 +24,7 @@ from swarm_coordinator.api.models import (
     VerdictDetail,
 )
 from swarm_coordinator.db.archive import Archive, opened
-from swarm_coordinator.db.tables import CONTRIBUTION, MOOT, AuditRow, RoundRow, VerdictRow
+from swarm_coordinator.db.tables import CONTRIBUTION, MOOT, AuditRow, EvaluationRow, RoundRow, VerdictRow
 from swarm_coordinator.rounds import State
 from swarm_protocol import encoding
 from swarm_protocol.identity import peer_id
@@ -35,7 +35,6 @@ from swarm_protocol.records import (
     Comparison,
     Envelope,
     Equivocation,
-    Evaluation,
     Outcome,
     PartRecord,
     RoundPlan,
@@ -119,6 +118,7 @@ def round_detail(archive: Archive, number: int) -> RoundDetail | None:
             )
             for verdict in archive.round_verdicts(number)
         ],
+        evaluation=_evaluation(evaluations.of_round(archive.session, archive.run, number)),
     )
 
 
@@ -174,13 +174,15 @@ def _round_summary(row: RoundRow, parts: int) -> RoundSummary:
     )
 
 
+def _evaluation(row: EvaluationRow | None) -> EvaluationSummary | None:
+    if row is None:
+        return None
+    return EvaluationSummary(round=row.round, root=row.root.hex(), loss=row.loss, sample=row.sample)
+
+
 def _evaluations(archive: Archive) -> list[EvaluationSummary]:
-    newest: dict[int, EvaluationSummary] = {}
-    for row in archive.newest(Evaluation.kind, MAX_ITEMS):
-        record = opened(row)
-        if isinstance(record, Evaluation) and record.round not in newest:
-            newest[record.round] = EvaluationSummary(round=record.round, root=record.root.hex(), loss=record.loss)
-    return [newest[number] for number in sorted(newest)]
+    rows = evaluations.newest(archive.session, archive.run, MAX_ITEMS)
+    return [one for one in map(_evaluation, rows) if one is not None]
 
 
 def _audits(archive: Archive) -> AuditCounts:

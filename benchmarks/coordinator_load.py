@@ -185,6 +185,7 @@ def main() -> None:
     parser.add_argument("--database", help="the coordinator's --database")
     parser.add_argument("--herd", action="store_true", help="openings and first heartbeats all at once")
     parser.add_argument("--joins-per-s", type=float, default=200.0, help="registrations a second")
+    parser.add_argument("--timeout", type=float, help="stop after this many seconds, and report as an error")
     parser.add_argument("--profile", action="store_true", help="where the server's CPU time goes")
     parser.add_argument("--stacks", type=Path, help="keep the profile's stacks here, for a flame graph")
     options = parser.parse_args()
@@ -217,7 +218,7 @@ def main() -> None:
             swarm = Swarm(spec, shape, "127.0.0.1", server.port)
             print(f"signing ahead for {shape.nodes} nodes", file=sys.stderr, flush=True)
             nodes = [Node(swarm, number) for number in range(shape.nodes)]
-            timeout_s = 60 + shape.nodes / shape.joins_per_s + 4 * shape.rounds * 60 / pace
+            timeout_s = options.timeout or 60 + shape.nodes / shape.joins_per_s + 4 * shape.rounds * 60 / pace
             result = uvloop.run(measure(swarm, nodes, server, timeout_s))
         finally:
             server.stop()

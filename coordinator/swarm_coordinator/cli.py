@@ -225,6 +225,27 @@ def audit_reduction(
     raise typer.Exit(any(entry["outcome"] != "accepted" for entry in report["records"]))
 
 
+@app.command("export-metrics")
+def export_metrics(
+    url: Annotated[str, typer.Argument(help="The coordinator's address.")],
+    tensorboard: Annotated[Path | None, typer.Option(help="Write TensorBoard's event files into this folder.")] = None,
+    wandb: Annotated[str | None, typer.Option(help="Write to this project of Weights & Biases.")] = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Go on until the run is over.")] = False,
+) -> None:
+    """Export a run's figures by round: losses, nodes, tokens, audits, missing parts. A round is written once."""
+    from swarm_coordinator import exporting
+    from swarm_protocol.errors import ConfigurationError
+
+    logs.configure(Log())
+    if tensorboard is not None and wandb is None:
+        work = exporting.run(url, lambda spec: exporting.TensorBoard(spec, tensorboard), follow=follow)
+    elif wandb is not None and tensorboard is None:
+        work = exporting.run(url, lambda spec: exporting.WeightsAndBiases(spec, wandb), follow=follow)
+    else:
+        raise ConfigurationError("say where to: either --tensorboard DIR or --wandb PROJECT")
+    typer.echo(f"{asyncio.run(work)} rounds written")
+
+
 async def _until_stopped(work: Coroutine[None, None, None]) -> None:
     """Run until SIGINT or SIGTERM, so that what was started is ended in order."""
     task = asyncio.ensure_future(work)

@@ -198,8 +198,8 @@ class Cast:
         )
         return Envelope.sign(auditor, record)
 
-    def evaluation(self, round_number: int, root: bytes) -> Envelope:
-        record = Evaluation(run=self.run, round=round_number, root=root, loss=5.4, tokens=512)
+    def evaluation(self, round_number: int, root: bytes, sample: str | None = None) -> Envelope:
+        record = Evaluation(run=self.run, round=round_number, root=root, loss=5.4, tokens=512, sample=sample)
         return Envelope.sign(self.worker, record)
 
     def changed(self, signer: Identity, record: Record, **changes: object) -> Envelope:

@@ -71,7 +71,7 @@ def test_a_round_goes_through_from_registration_to_verdicts(make_cast: MakeCast,
         await api.accept(*(cast.verdict(cast.auditors[0], commitment) for commitment in commitments))
         assert (await api.get(f"/audits?auditor={auditor}")).json() == []
         await api.accept(*(cast.verdict(cast.auditors[1], commitment) for commitment in commitments))  # a cross-check
-        await api.accept(cast.evaluation(0, plan.base), cast.evaluation(1, b"r" * 32))
+        await api.accept(cast.evaluation(0, plan.base, sample="gold ‖ en"), cast.evaluation(1, b"r" * 32))
 
         status = (await api.get("")).json()
         assert (status["round"], status["phase"]) == (1, "assembling")
@@ -80,11 +80,12 @@ def test_a_round_goes_through_from_registration_to_verdicts(make_cast: MakeCast,
             "comparisons": {"equal": 4, "different": 0, "within": 0, "outside": 0},
         }  # fmt: skip
         assert [node["contributions"] for node in status["nodes"]] == [1, 1]
-        assert [entry["round"] for entry in status["evaluations"]] == [0, 1]
+        assert [(entry["round"], entry["sample"]) for entry in status["evaluations"]] == [(0, "gold ‖ en"), (1, None)]
         assert status["history"] == [
             {"round": 0, "slots": 2, "committed": 2, "parts": 2, "missing_parts": 0, "root": (b"r" * 32).hex()}
         ]
         detail = (await api.get("/rounds/0")).json()
+        assert detail["evaluation"] == status["evaluations"][0]
         assert [slot["audit"] for slot in detail["roster"]] == ["accepted", "accepted"]
         assert all(record["counted"] for record in detail["part_records"])
 

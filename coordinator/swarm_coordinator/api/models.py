@@ -72,6 +72,7 @@ class EvaluationSummary(BaseModel):
     round: int = Field(description="the round that starts from the checkpoint")
     root: Hex
     loss: float = Field(description="held-out loss, nats per token")
+    sample: str | None = Field(description="what the model writes after a prompt, now and then: prompt ‖ continuation")
 
 
 class Comparisons(BaseModel):
@@ -269,3 +270,4 @@ class RoundDetail(BaseModel):
     roster: list[SlotDetail]
     part_records: list[PartRecordDetail]
     verdicts: list[VerdictDetail]
+    evaluation: EvaluationSummary | None = Field(description="of the checkpoint that the round starts from")

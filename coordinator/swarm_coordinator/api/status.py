@@ -7,7 +7,7 @@ from typing import Literal
 
 from sqlalchemy import func, select
 
-from swarm_coordinator import recovery
+from swarm_coordinator import evaluations, recovery
 from swarm_coordinator.api.models import (
     AuditCounts,
     CheckpointName,
@@ -28,7 +28,7 @@ from swarm_coordinator.api.models import (
     VerdictDetail,
 )
 from swarm_coordinator.db.archive import Archive, opened
-from swarm_coordinator.db.tables import CONTRIBUTION, MOOT, AuditRow, NodeRow, RoundRow, VerdictRow
+from swarm_coordinator.db.tables import CONTRIBUTION, MOOT, AuditRow, EvaluationRow, NodeRow, RoundRow, VerdictRow
 from swarm_coordinator.rounds import State
 from swarm_protocol import encoding
 from swarm_protocol.identity import peer_id
@@ -40,7 +40,6 @@ from swarm_protocol.records import (
     Comparison,
     Envelope,
     Equivocation,
-    Evaluation,
     Outcome,
     PartRecord,
     RoundPlan,
@@ -128,6 +127,7 @@ def round_detail(archive: Archive, number: int) -> RoundDetail | None:
             )
             for verdict in archive.round_verdicts(number)
         ],
+        evaluation=_evaluation(evaluations.of_round(archive.session, archive.run, number)),
     )
 
 
@@ -210,13 +210,15 @@ def _registered(archive: Archive) -> int:
     return archive.session.scalar(select(func.count()).select_from(NodeRow).filter_by(run=archive.run)) or 0
 
 
+def _evaluation(row: EvaluationRow | None) -> EvaluationSummary | None:
+    if row is None:
+        return None
+    return EvaluationSummary(round=row.round, root=row.root.hex(), loss=row.loss, sample=row.sample)
+
+
 def _evaluations(archive: Archive) -> list[EvaluationSummary]:
-    newest: dict[int, EvaluationSummary] = {}
-    for row in archive.newest(Evaluation.kind, MAX_ITEMS):
-        record = opened(row)
-        if isinstance(record, Evaluation) and record.round not in newest:
-            newest[record.round] = EvaluationSummary(round=record.round, root=record.root.hex(), loss=record.loss)
-    return [newest[number] for number in sorted(newest)]
+    rows = evaluations.newest(archive.session, archive.run, MAX_ITEMS)
+    return [one for one in map(_evaluation, rows) if one is not None]
 
 
 def _audits(archive: Archive) -> AuditCounts:

@@ -25,6 +25,7 @@ from swarm_protocol.records import (
     CommitmentSet,
     Envelope,
     Equivocation,
+    LogHead,
     Outcome,
     PartRecord,
     RoundManifest,
@@ -468,7 +469,9 @@ def test_the_log_is_served_with_the_head_that_its_entries_have(make_cast: MakeCa
         head = (await api.get("/log/head")).json()
         entries = await api.several("/log/entries?count=4") + await api.several("/log/entries?start=4")
         log = Log(leaf_hash(entry.encode()) for entry in entries)
-        assert head == {"size": log.size, "root": log.root().hex()}
+        assert (head["size"], head["root"]) == (log.size, log.root().hex())
+        signed = Envelope.decode(bytes.fromhex(head["signed"])).open_as(LogHead, run=cast.run)
+        assert (signed.sequence, signed.root) == (log.size, log.root())
         assert "ready" not in {entry.open().kind for entry in entries}
         record = entries[-1].open()
         assert Envelope.decode((await api.get(f"/records/{record.hash.hex()}")).content) == entries[-1]
@@ -549,7 +552,7 @@ def test_the_openapi_document_describes_every_operation(make_cast: MakeCast) -> 
         document = (await api.http.get("/openapi.json")).json()
         assert "Problem" in document["components"]["schemas"]
         operations = [operation for path in document["paths"].values() for operation in path.values()]
-        assert len({operation["operationId"] for operation in operations}) == len(operations) == 21
+        assert len({operation["operationId"] for operation in operations}) == len(operations) == 28
         for operation in operations:
             assert operation["tags"]
             assert operation["summary"]

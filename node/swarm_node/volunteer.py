@@ -142,6 +142,7 @@ class Volunteer:
                     break
                 plan = await self._wait_for_plan(checkpoint)
                 if plan is not None:
+                    self._in_background(self._client.check_receipts(plan))
                     await self._take_part(plan, checkpoint, shards)
             await self._serve_out()
         finally:

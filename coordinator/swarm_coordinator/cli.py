@@ -234,6 +234,7 @@ def export_metrics(
 ) -> None:
     """Export a run's figures by round: losses, nodes, tokens, audits, missing parts. A round is written once."""
     from swarm_coordinator import exporting
+    from swarm_coordinator.config import Log
     from swarm_protocol.errors import ConfigurationError
 
     logs.configure(Log())

@@ -148,6 +148,7 @@ class Volunteer:
                         raise
                     continue
                 if plan is not None:
+                    self._in_background(self._client.check_receipts(plan))
                     await self._take_part(plan, checkpoint, shards)
             await self._serve_out()
         finally:

@@ -27,6 +27,7 @@ from swarm_protocol.errors import (
     UnreachableError,
 )
 from swarm_protocol.parts import part_count
+from swarm_protocol.receipts import Receipts
 from swarm_protocol.records import (
     MAX_RECORD_BYTES,
     Appointment,
@@ -101,6 +102,7 @@ class CoordinatorClient:
         self._token = token
         self._base = f"{url}/v1/runs/{spec.run_id.hex()}"
         self._owner = bytes.fromhex(spec.coordinator)
+        self._receipts = Receipts(spec)
         self.traffic = Traffic()
         self._newest: dict[str, tuple[int, Envelope]] = {}
 
@@ -151,7 +153,7 @@ class CoordinatorClient:
     # Records
 
     async def post(self, envelope: Envelope) -> dict[str, Any]:
-        """Hand in a signed record; the same one twice is harmless. Returns the coordinator's receipt."""
+        """Hand in a signed record; the same one twice is harmless. Returns the coordinator's answer, its receipt checked."""
         headers = {"content-type": CBOR}
         if self._token:
             headers["authorization"] = f"Bearer {self._token}"
@@ -164,6 +166,8 @@ class CoordinatorClient:
         receipt = _json(response)
         if not isinstance(receipt, dict):
             raise InvalidDataError("the coordinator's receipt is not an object")
+        if receipt.get("receipt") is not None:
+            self._receipts.note(envelope, receipt["receipt"])
         return receipt
 
     async def hand_in(self) -> None:
@@ -179,6 +183,13 @@ class CoordinatorClient:
         number, _ = self._newest.get(record.kind, (-1, None))
         if record.round >= number:
             self._newest[record.kind] = (record.round, envelope)
+
+    async def check_receipts(self, plan: RoundPlan) -> None:
+        """Say loudly if the log that a plan is made from lacks a commitment of ours that was acknowledged."""
+        try:
+            await self._receipts.check(plan, self._inclusion_proof)
+        except UnreachableError as error:
+            log.info("receipts cannot be checked now: %s", error)
 
     async def record(self, record_hash: bytes) -> Envelope:
         """A record by its hash; whoever needs it checks who signed it."""
@@ -426,6 +437,13 @@ class CoordinatorClient:
         if content_hash(data) != digest:
             raise HashMismatchError(f"chunk {digest.hex()[:12]} came with other bytes")
         return data
+
+    async def _inclusion_proof(self, leaf: int, size: int) -> list[bytes]:
+        answer = await self.json("/log/inclusion", leaf=leaf, size=size)
+        try:
+            return [bytes.fromhex(one) for one in answer["proof"]]
+        except (KeyError, TypeError, ValueError) as error:
+            raise InvalidDataError("the coordinator's inclusion proof is not a list of hashes") from error
 
     async def _poll(self, path: str, wait_s: float, max_bytes: int, **params: Any) -> bytes | None:
         response = await self._call(

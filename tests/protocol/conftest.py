@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
@@ -19,8 +20,8 @@ import uvicorn
 from fastapi import FastAPI
 
 from swarm_coordinator.app import create_app
-from swarm_coordinator.db.archive import opened
-from swarm_coordinator.db.tables import AuditRow
+from swarm_coordinator.db.archive import Archive, opened
+from swarm_coordinator.db.tables import AuditRow, CreditRow, LedgerRow
 from swarm_coordinator.journal import Journal
 from swarm_coordinator.run_directory import RunDirectory
 from swarm_coordinator.service import Service, open_service
@@ -30,6 +31,7 @@ from swarm_protocol.chunks import content_hash
 from swarm_protocol.draw import chain_end, nonce_hash
 from swarm_protocol.errors import RefusedError
 from swarm_protocol.identity import Identity
+from swarm_protocol.ledger import Balance
 from swarm_protocol.records import (
     CheckpointReport,
     Commitment,
@@ -324,6 +326,27 @@ class Stage:
 
     def audit(self, slot: int, part: int) -> AuditRow | None:
         return self.journal.read(lambda archive: archive.audit(self.plan.round, slot, part))
+
+    def balances(self) -> dict[bytes, Balance]:
+        """Of everybody who earned, by the coordinator's sums; its ledger and its contributions have to say the same."""
+        accounts = ("pending", "settled", "forfeited")
+
+        def query(archive: Archive) -> dict[bytes, Balance]:
+            kept = {one.key: Balance(one.key, one.pending, one.settled, one.forfeited) for one in archive.nodes()}
+            booked, moved = dict[bytes, Counter[str]](), dict[bytes, Counter[str]]()
+            for row in archive.session.query(CreditRow):
+                booked.setdefault(row.peer, Counter())[row.status] += row.megaflops
+            for entry in archive.session.query(LedgerRow):
+                sums = moved.setdefault(entry.peer, Counter())
+                sums[entry.credit] += entry.megaflops
+                sums[entry.debit] -= entry.megaflops
+            for found in (booked, moved):
+                assert kept == {
+                    key: Balance(key, *(found.get(key, Counter())[one] for one in accounts)) for key in kept
+                }
+            return {key: one for key, one in kept.items() if key in moved}
+
+        return self.journal.read(query)
 
     def newest(self, kind: Any) -> Any:
         return self.journal.read(lambda archive: opened(archive.newest(kind.kind, 1)[0]))

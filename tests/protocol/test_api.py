@@ -19,6 +19,7 @@ from swarm_protocol.records import (
     BeaconReveal,
     Envelope,
     Equivocation,
+    LogHead,
     Outcome,
     PartRecord,
     RoundManifest,
@@ -389,6 +390,8 @@ def test_the_log_is_served_with_the_head_that_its_entries_have(make_cast: MakeCa
         entries = await api.several("/log/entries?count=4") + await api.several("/log/entries?start=4")
         log = Log(leaf_hash(entry.encode()) for entry in entries)
         assert (head["size"], head["root"]) == (log.size, log.root().hex())
+        signed = Envelope.decode(bytes.fromhex(head["signed"])).open_as(LogHead, run=cast.run)
+        assert (signed.sequence, signed.root) == (log.size, log.root())
         assert "ready" not in {entry.open().kind for entry in entries}
         record = entries[-1].open()
         assert Envelope.decode((await api.get(f"/records/{record.hash.hex()}")).content) == entries[-1]

@@ -221,7 +221,7 @@ def test_no_part_of_a_certificate_can_be_another(played: Any) -> None:
     bad += [{name: value for name, value in good.items() if name != missing} for missing in good]
     shown(good)
     for one in bad:
-        with pytest.raises(SwarmError):
+        with pytest.raises(InvalidDataError):
             shown(one)
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import Coroutine
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +24,14 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+
+LOG_FORMAT = "SWARM_LOG_FORMAT"
+
+
+class LogFormat(StrEnum):
+    TEXT = "text"
+    JSON = "json"
+
 
 Directory = Annotated[Path, typer.Argument(help="The run's directory.")]
 Url = Annotated[str, typer.Option(help="The coordinator's address.")]
@@ -110,11 +120,15 @@ def serve(
     no_workers: Annotated[
         bool, typer.Option("--no-workers", help="Start neither the checkpoint worker nor auditors.")
     ] = False,
+    log_format: Annotated[
+        LogFormat, typer.Option(help="Lines for people, or an object of JSON for each.", envvar=LOG_FORMAT)
+    ] = LogFormat.TEXT,
 ) -> None:
     """Serve a run to volunteers, with its checkpoint worker and auditors, until Ctrl-C."""
     from swarm_coordinator.server import serve as serving
 
-    _log()
+    os.environ[LOG_FORMAT] = log_format  # for the workers that we start
+    _log(log_format)
     asyncio.run(serving(directory, host, port, workers=not no_workers))
 
 
@@ -205,13 +219,11 @@ async def _until_stopped(work: Coroutine[None, None, None]) -> None:
         logging.getLogger(__name__).info("stopped")
 
 
-def _log() -> None:
-    """Short lines on stderr."""
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
-    )
-    for name in ("uvicorn", "httpx", "httpcore", "asyncio"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+def _log(log_format: LogFormat | None = None) -> None:
+    """Log to stderr; as the coordinator does that started this process, unless it says otherwise."""
+    from swarm_coordinator import logs
+
+    logs.configure(as_json=(log_format or os.environ.get(LOG_FORMAT)) == LogFormat.JSON)
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from contextvars import copy_context
 from typing import TypeVar
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -162,7 +163,7 @@ class Service:
             finally:
                 self.on_commit(time.perf_counter() - started_s)
 
-        return await self._loop.run_in_executor(self._writer, timed)
+        return await self._loop.run_in_executor(self._writer, copy_context().run, timed)
 
     def _wake(self, topics: set[str]) -> None:
         size, _ = self._journal.log_head

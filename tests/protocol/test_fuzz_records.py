@@ -10,16 +10,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
 import httpx
 import pytest
 
 from swarm_coordinator.api.limits import Limits
-from swarm_protocol import encoding
+from swarm_protocol import encoding, merkle
 from swarm_protocol.identity import Identity
 from swarm_protocol.records import (
+    MAX_SLOTS,
     Addresses,
     Commitment,
     Envelope,
@@ -28,6 +29,13 @@ from swarm_protocol.records import (
     PartRecord,
     Ready,
     Registration,
+    Sketches,
+    SketchFault,
+    SketchObjection,
+    SketchSet,
+    SlotFault,
+    SlotHash,
+    SlotWeight,
     Verdict,
 )
 
@@ -35,6 +43,10 @@ Api = Any
 MakeCast = Callable[..., Any]
 Play = Callable[..., None]
 Attack = Callable[[Any, Envelope], Iterator[bytes]]
+Story = Callable[[Any], AsyncIterator[Envelope]]
+"""Each honest record in its turn. Whoever takes one has it accepted before it asks for the next."""
+
+Spoil = Callable[[Any, Envelope], Awaitable[None]]
 
 TOKEN = "sesame"
 STRANGER = Identity.from_seed(b"s" * 32)
@@ -45,10 +57,12 @@ FLIPS = 20
 BODY_S = 0.2
 DEADLINE_S = 120.0
 LIMITS = Limits(body_s=BODY_S, identity_burst=10_000, identity_per_s=1000)
+HOSTED: dict[str, Any] = {"listen": True, "limits": LIMITS, "within_s": DEADLINE_S}
+LEAVES = [b"a" * 32, b"b" * 32]
 
 
-async def honest_records(api: Api) -> AsyncIterator[Envelope]:
-    """Each record of a round in its turn. Whoever takes one has it accepted before it asks for the next."""
+async def beginning(api: Api) -> AsyncIterator[Envelope]:
+    """Up to the plan of round 0."""
     cast = api.cast
     for node in cast.nodes:
         yield cast.registration(node)
@@ -56,6 +70,13 @@ async def honest_records(api: Api) -> AsyncIterator[Envelope]:
     base = await api.base()
     for node in cast.nodes:
         yield cast.ready(node, 0, base)
+
+
+async def whole_round(api: Api) -> AsyncIterator[Envelope]:
+    """A round with its audits, and at last the proof that somebody signed two commitments."""
+    cast = api.cast
+    async for envelope in beginning(api):
+        yield envelope
     plan = await api.plan()
     commitments = [cast.commitment(plan, slot) for slot in range(2)]
     for commitment in commitments:
@@ -78,6 +99,56 @@ async def honest_records(api: Api) -> AsyncIterator[Envelope]:
     other = cast.commitment(plan, 0, trace_root=b"x" * 32)
     proof = Equivocation(run=cast.run, round=0, first=commitments[0].encode(), second=other.encode())
     yield Envelope.sign(cast.holder(plan, 1), proof)
+    status = (await api.get("")).json()
+    assert (status["round"], status["audits"]["accepted"], status["part_audits"]["accepted"]) == (1, 2, 2)
+    assert [node["standing"] for node in status["nodes"]].count("ended") == 1
+
+
+async def sketched_exchange(api: Api) -> AsyncIterator[Envelope]:
+    """Sketches, an objection to those of slot 1, and the set that closes them."""
+    cast, slots = api.cast, range(3)
+    async for envelope in beginning(api):
+        yield envelope
+    plan = await api.plan()
+    for slot in slots:
+        yield cast.commitment(plan, slot, parts_root=merkle.root(LEAVES))
+    closing = (await api.several("/rounds/0/commitments"))[0].open()
+    made = {
+        entry.slot: Sketches(
+            run=cast.run,
+            round=0,
+            sequence=entry.slot,
+            commitment_set=closing.hash,
+            commitment=entry.hash,
+            slot=entry.slot,
+            root=bytes(32),
+            blob=bytes(32),
+        )
+        for entry in closing.commitments
+    }
+    for slot in (0, 2):
+        yield Envelope.sign(cast.holder(plan, slot), made[slot])
+    objection = SketchObjection(
+        run=cast.run,
+        round=0,
+        sequence=MAX_SLOTS + 1,
+        part=1,
+        slot=1,
+        sketches=made[1].hash,
+        part_hash=LEAVES[1],
+        proof=merkle.proof(LEAVES, 1),
+    )
+    yield Envelope.sign(cast.holder(plan, 0), objection)
+    selection = SketchSet(
+        run=cast.run,
+        round=0,
+        commitment_set=closing.hash,
+        counted=tuple(SlotHash(slot=slot, hash=made[slot].hash) for slot in (0, 2)),
+        excluded=(SlotFault(slot=1, fault=SketchFault.FORGED),),
+        selected=(SlotWeight(slot=0, weight=7),),
+    )
+    yield Envelope.sign(cast.worker, selection)
+    assert [slot["sketch_fault"] for slot in (await api.get("/rounds/0")).json()["roster"]] == [None, "forged", None]
 
 
 def flipped(_: Any, honest: Envelope) -> Iterator[bytes]:
@@ -132,11 +203,18 @@ def misdirected(cast: Any, honest: Envelope) -> Iterator[bytes]:
         case Ready():
             yield cast.changed(signer, record, base=b"x" * 32).encode()
         case Commitment():
-            yield cast.changed(signer, record, slot=1 - record.slot, sequence=5).encode()
+            yield cast.changed(signer, record, slot=(record.slot + 1) % 2, sequence=5).encode()
             yield cast.changed(signer, record, plan=b"x" * 32, sequence=5).encode()
         case PartRecord():
             yield cast.changed(signer, record, commitment_set=b"x" * 32).encode()
             yield cast.changed(signer, record, size_bytes=1).encode()
+        case Sketches():
+            yield cast.changed(signer, record, commitment=b"x" * 32).encode()
+            yield cast.changed(signer, record, slot=1, sequence=1).encode()
+        case SketchObjection():
+            yield cast.changed(signer, record, part_hash=b"x" * 32).encode()
+        case SketchSet():
+            yield cast.changed(signer, record, commitment_set=b"x" * 32).encode()
         case PartHeld():
             yield cast.changed(signer, record, part_record=b"x" * 32, sequence=77).encode()
         case Verdict():
@@ -145,22 +223,23 @@ def misdirected(cast: Any, honest: Envelope) -> Iterator[bytes]:
             yield cast.changed(signer, record, second=record.first, sequence=77).encode()
 
 
-@pytest.mark.parametrize("attack", [flipped, cut, renamed, resigned, misdirected])
+ATTACKS = [flipped, cut, renamed, resigned, misdirected]
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
 def test_nothing_that_is_made_of_a_record_is_accepted_and_the_record_is(
     make_cast: MakeCast, play: Play, attack: Attack
 ) -> None:
-    async def spoil(api: Api, honest: Envelope) -> None:
-        for answer in await asyncio.gather(*(api.offer(forged) for forged in attack(api.cast, honest))):
-            assert 400 <= answer.status_code < 500, answer.text
-            assert answer.headers["content-type"] == "application/problem+json"
+    cast = make_cast(token=TOKEN, reductions=1.0)
+    play(cast, lambda api: played(api, whole_round, forging(attack)), **HOSTED)
 
-    play(
-        make_cast(token=TOKEN, reductions=1.0),
-        lambda api: played(api, spoil),
-        listen=True,
-        limits=LIMITS,
-        within_s=DEADLINE_S,
-    )
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_nothing_that_is_made_of_a_record_about_sketches_is_accepted(
+    make_cast: MakeCast, play: Play, attack: Attack
+) -> None:
+    cast = make_cast(3, token=TOKEN, aggregator="geometric_median")
+    play(cast, lambda api: played(api, sketched_exchange, forging(attack)), **HOSTED)
 
 
 def test_bodies_that_are_too_long_are_refused_declared_or_not(make_cast: MakeCast, play: Play) -> None:
@@ -180,44 +259,43 @@ def test_bodies_that_are_too_long_are_refused_declared_or_not(make_cast: MakeCas
                 continue  # the coordinator hung up while we were still sending
             assert (answer.status_code, answer.json()["code"]) == (413, "too-long")
 
-    play(
-        make_cast(token=TOKEN, reductions=1.0),
-        lambda api: played(api, spoil),
-        listen=True,
-        limits=LIMITS,
-        within_s=DEADLINE_S,
-    )
+    play(make_cast(token=TOKEN, reductions=1.0), lambda api: played(api, whole_round, spoil), **HOSTED)
 
 
 def test_bodies_that_do_not_come_to_an_end_are_refused(make_cast: MakeCast, play: Play) -> None:
     async def spoil(api: Api, honest: Envelope) -> None:
         data = honest.encode()
-        slow, gone, lying = await asyncio.gather(
+        slow, gone, short = await asyncio.gather(
             sent_raw(api, data[:-1], len(data), hang_up=False),
             sent_raw(api, data[:-1], len(data), hang_up=True),
             sent_raw(api, data[: len(data) // 2], len(data) // 2, hang_up=False),
         )
         assert slow.startswith(b"HTTP/1.1 408 ")
         assert not gone.startswith(b"HTTP/1.1 2")
-        assert lying.startswith(b"HTTP/1.1 400 ")
+        assert short.startswith(b"HTTP/1.1 400 ")
 
-    play(
-        make_cast(token=TOKEN, reductions=1.0),
-        lambda api: played(api, spoil),
-        listen=True,
-        limits=LIMITS,
-        within_s=DEADLINE_S,
-    )
+    play(make_cast(token=TOKEN, reductions=1.0), lambda api: played(api, whole_round, spoil), **HOSTED)
 
 
-async def played(api: Api, spoil: Callable[[Api, Envelope], Any]) -> None:
-    """A round in which each honest record is spoiled first, then accepted, then handed in again."""
-    cast, expected = api.cast, [entry.encode() for entry in await api.several("/log/entries")]
-    async for honest in honest_records(api):
+def forging(attack: Attack) -> Spoil:
+    """Hands in all that an attack makes of a record, at once."""
+
+    async def spoil(api: Api, honest: Envelope) -> None:
+        for answer in await asyncio.gather(*(api.offer(forged) for forged in attack(api.cast, honest))):
+            assert 400 <= answer.status_code < 500, answer.text
+            assert answer.headers["content-type"] == "application/problem+json"
+
+    return spoil
+
+
+async def played(api: Api, story: Story, spoil: Spoil) -> None:
+    """A story in which each honest record is spoiled first, then accepted, then handed in again."""
+    owner, token = bytes.fromhex(api.cast.spec.coordinator), {"authorization": f"Bearer {TOKEN}"}
+    expected = []
+    async for honest in story(api):
         before = api.service.log_head
         await spoil(api, honest)
         assert api.service.log_head == before
-        token = {"authorization": f"Bearer {TOKEN}"}
         accepted = await api.offer(honest, **token)
         assert accepted.status_code == 201, accepted.text
         after = api.service.log_head
@@ -225,17 +303,10 @@ async def played(api: Api, spoil: Callable[[Api, Envelope], Any]) -> None:
         assert (again.status_code, again.json()) == (200, accepted.json())
         assert api.service.log_head == after
         if accepted.json()["leaf"] is not None:
-            expected.append(honest.encode())
-    owner = bytes.fromhex(cast.spec.coordinator)
+            expected.append(honest)
     entries = await api.several("/log/entries")
-    appointments = expected[:3]
-    assert [entry.encode() for entry in entries if entry.key != owner] == expected[3:]
-    signed = [entry for entry in entries if entry.key == owner]
-    assert [entry.encode() for entry in signed[:3]] == appointments
-    assert not [entry for entry in signed if entry.open().kind == Equivocation.kind]
-    status = (await api.get("")).json()
-    assert (status["round"], status["audits"]["accepted"], status["part_audits"]["accepted"]) == (1, 2, 2)
-    assert [node["standing"] for node in status["nodes"]].count("ended") == 1  # whom the last record proves to be one
+    assert [entry for entry in entries if entry.key != owner] == expected
+    assert not [entry for entry in entries if entry.key == owner and entry.open().kind == Equivocation.kind]
     assert (await api.http.get("/healthz")).status_code == 200
 
 

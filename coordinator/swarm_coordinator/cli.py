@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import Coroutine
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +25,14 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+
+LOG_FORMAT = "SWARM_COORDINATOR_LOG_FORMAT"
+
+
+class LogFormat(StrEnum):
+    TEXT = "text"
+    JSON = "json"
+
 
 Directory = Annotated[Path, typer.Argument(help="The run's directory.")]
 Url = Annotated[str, typer.Option(help="The coordinator's address.")]
@@ -129,6 +139,9 @@ def serve(
     no_workers: Annotated[
         bool, typer.Option("--no-workers", help="Start neither the checkpoint worker nor auditors.")
     ] = False,
+    log_format: Annotated[
+        LogFormat | None, typer.Option(help="Lines for people, or an object of JSON for each.")
+    ] = None,
 ) -> None:
     """Serve a run to volunteers, with its checkpoint worker and auditors, until Ctrl-C.
 
@@ -141,6 +154,8 @@ def serve(
 
     config = RunDirectory(directory).config()
     config = config.changed("server", host=host, port=port, tls_certificate=tls_certificate, tls_key=tls_key)
+    config = config.changed("log", format=log_format)
+    os.environ[LOG_FORMAT] = config.log.format  # for the workers that we start
     logs.configure(config.log)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(serving(directory, config.server, workers=not no_workers))

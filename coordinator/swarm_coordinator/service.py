@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from contextvars import copy_context
 from typing import TypeVar
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -277,7 +278,7 @@ class Service:
             finally:
                 self.on_commit(time.perf_counter() - started_s)
 
-        return await self._loop.run_in_executor(self._writer, timed)
+        return await self._loop.run_in_executor(self._writer, copy_context().run, timed)
 
     def _wake(self, topics: set[str]) -> None:
         self._loop.call_soon_threadsafe(self._topics.wake, topics)

@@ -502,15 +502,15 @@ def serving() -> Callable[..., AbstractAsyncContextManager[Api]]:
 
 @pytest.fixture
 def play() -> Callable[..., None]:
-    """`play(cast, script, **options)`: runs `script(api)` against the cast's coordinator, within half a minute.
+    """`play(cast, script, **options)`: runs `script(api)` against the cast's coordinator, within half a minute or `within_s`.
 
     In process, or with `listen=True` through a port of this machine. The other options are those of the application, and
     the client's `address` in process.
     """
 
-    def play(cast: Cast, script: Callable[[Api], Awaitable[None]], **options: Any) -> None:
+    def play(cast: Cast, script: Callable[[Api], Awaitable[None]], *, within_s: float = 30.0, **options: Any) -> None:
         async def run() -> None:
-            async with asyncio.timeout(30), _serving(cast, **options) as api:
+            async with asyncio.timeout(within_s), _serving(cast, **options) as api:
                 await script(api)
 
         asyncio.run(run())

@@ -13,7 +13,8 @@ import pytest
 from swarm_coordinator.api.limits import Buckets, Limits, address_of
 from swarm_protocol.client import CoordinatorClient, persist
 from swarm_protocol.errors import ConfigurationError, UnreachableError
-from swarm_protocol.records import MAX_RECORD_BYTES, Envelope, NonceOpening
+from swarm_protocol.identity import Identity
+from swarm_protocol.records import MAX_RECORD_BYTES, Addresses, Envelope, NonceOpening
 
 Api = Any
 MakeCast = Callable[..., Any]
@@ -125,6 +126,21 @@ def test_nobody_can_use_up_anothers_tokens(make_cast: MakeCast, play: Play) -> N
             await api.refuse(forged, 403, "bad-signature")
             await api.refuse(said_to_peers, 409, "early")
         await api.accept(cast.ready(node, 0, await api.base()))
+
+    play(cast, script, limits=Limits(identity_per_s=0.01, identity_burst=3))
+
+
+def test_offices_are_not_limited_by_identity_and_who_only_claims_one_is(make_cast: MakeCast, play: Play) -> None:
+    cast = make_cast()
+
+    def addresses(signer: Identity, number: int) -> Envelope:
+        return Envelope.sign(signer, Addresses(run=cast.run, round=0, sequence=number, multiaddrs=(f"/ip4/{number}",)))
+
+    async def script(api: Api) -> None:
+        await api.accept(*(addresses(cast.worker, number) for number in range(9)))
+        for number in range(3):
+            await api.refuse(addresses(cast.nodes[0], number), 403, "not-appointed")
+        await api.refuse(addresses(cast.nodes[0], 3), 429, "too-many-requests")
 
     play(cast, script, limits=Limits(identity_per_s=0.01, identity_burst=3))
 

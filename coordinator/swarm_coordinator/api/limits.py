@@ -23,26 +23,40 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from swarm_coordinator.api.problems import LimitedError, answer
 from swarm_protocol.errors import ConfigurationError
-from swarm_protocol.records import MAX_RECORD_BYTES, Ready, Record
+from swarm_protocol.records import (
+    MAX_RECORD_BYTES,
+    Addresses,
+    CheckpointReport,
+    Evaluation,
+    PartHeld,
+    PartVerdict,
+    Ready,
+    Record,
+    SketchSet,
+    Verdict,
+)
 
 MAX_WAIT_S = 30.0
 BUSY_S = 5.0
+OFFICIAL = (Addresses, CheckpointReport, Evaluation, PartHeld, PartVerdict, SketchSet, Verdict)
+"""Records that only the checkpoint worker, or only an auditor, may sign."""
 
 
 @dataclass(frozen=True)
 class Limits:
     """Rates are per second, with bursts of so many at once.
 
-    An honest node sends a heartbeat every ten seconds, some twenty records and as many long-polls a round, and fetches a
-    checkpoint of some hundred chunks when it joins; many nodes may share an address.
+    An honest node sends a heartbeat every ten seconds, some twenty records and as many long-polls a round, a record more for
+    each part that it reduces, and fetches a checkpoint of some hundred chunks when it joins; many nodes may share an address.
+    The checkpoint worker and the auditors, whose records grow with the run, are not limited by identity.
     """
 
     max_body_bytes: int = MAX_RECORD_BYTES
     body_s: float = 20.0
     address_per_s: float = 200.0
     address_burst: float = 4000.0
-    identity_per_s: float = 5.0
-    identity_burst: float = 200.0
+    identity_per_s: float = 20.0
+    identity_burst: float = 1000.0
     remembered: int = 1 << 16
     waiting_per_address: int = 1000
     listeners: int = 200
@@ -97,18 +111,24 @@ class Desk:
         self.limits = limits
         self.addresses = Buckets(limits.address_per_s, limits.address_burst, limits.remembered)
         self.identities = Buckets(limits.identity_per_s, limits.identity_burst, limits.remembered)
+        self._officers: set[bytes] = set()
         self._charged: OrderedDict[bytes, None] = OrderedDict()
         self.waiting: Counter[str] = Counter()
         self.listening: Counter[str] = Counter()
 
     def check_identity(self, key: bytes) -> None:
         """Raises `LimitedError` where an identity has used up its tokens."""
-        wait_s = self.identities.wait_s(key)
+        wait_s = 0.0 if key in self._officers else self.identities.wait_s(key)
         if wait_s:
             raise too_many("this identity has sent too many records; send them again later", wait_s)
 
-    def charge_identity(self, key: bytes, record: Record) -> None:
-        """Charge an identity for a record of its own. Heartbeats, which only their signer has, count every time."""
+    def charge_identity(self, key: bytes, record: Record, *, accepted: bool) -> None:
+        """Charge an identity for a record of its own. Heartbeats, which only their signer has, count every time.
+
+        Whoever had a record accepted that takes an office has it.
+        """
+        if accepted and isinstance(record, OFFICIAL):
+            self._officers.add(key)
         if record.hash in self._charged and not isinstance(record, Ready):
             return
         self.identities.spend(key)

@@ -67,7 +67,7 @@ async def submit(
     finally:
         metrics.records.labels(kind, result).inc()
         if opened is not None and (result != "repeated" or kind == Ready.kind):
-            desk.charge_identity(*opened)
+            desk.charge_identity(*opened, accepted=result == "accepted")
     response.status_code = 201 if receipt.new else 200
     signed = None if receipt.signed is None else receipt.signed.hex()
     return ReceiptModel(hash=receipt.hash.hex(), kind=receipt.kind, leaf=receipt.leaf, receipt=signed)

@@ -192,9 +192,7 @@ class Service:
             await asyncio.shield(asyncio.to_thread(shared.inbox.forget, number))
         if isinstance(answer, Receipt):
             return answer
-        if answer is None:
-            raise AWAY
-        raise answer
+        raise answer if isinstance(answer, RefusedError) else AWAY
 
     async def share(self, shared: Sharing, take_over: Callable[[], Journal], *, leads: bool) -> None:
         """Serve the run together with other processes until cancelled; `take_over` opens the run for writing."""

@@ -294,9 +294,9 @@ class Journal:
         size = self.log.size
         try:
             with Session(self._engine) as session, session.begin():
-                if self._recovery is None:
-                    alive = update(RunRow).where(RunRow.id == self.spec.run_id).values(alive_ms=now_ms)
-                    session.execute(alive, execution_options={"synchronize_session": False})
+                since = now_ms if self._recovery is None else self._alive_ms
+                alive = update(RunRow).where(RunRow.id == self.spec.run_id).values(alive_ms=since)
+                session.execute(alive, execution_options={"synchronize_session": False})
                 entry = Entry(session, self._office, self.state, self.log, self._seq, now_ms)
                 yield entry
                 entry.finish()

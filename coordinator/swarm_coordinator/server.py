@@ -1,7 +1,7 @@
 """`swarm-coordinator serve`: the API, the run's clock and the run owner's workers, from start to a clean end.
 
-The first SIGINT or SIGTERM answers what waits, ends the workers and exits with 0. The second exits at once, with 130: what
-was acknowledged is on disk already, and the kernel ends the workers.
+The first SIGINT or SIGTERM answers what waits, asks the workers to end, and exits with 0. The second kills them and exits at
+once, with 130: what was acknowledged is on disk already.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from swarm_coordinator import config
 from swarm_coordinator.app import create_app
 from swarm_coordinator.run_directory import RunDirectory
 from swarm_coordinator.service import Service, offices, open_service
-from swarm_coordinator.supervisor import supervise
+from swarm_coordinator.supervisor import kill_all, supervise
 from swarm_protocol.errors import ConfigurationError
 from swarm_protocol.records import Role
 
@@ -150,6 +150,7 @@ def _commands(home: RunDirectory, url: str, host: str) -> dict[str, list[str]]:
 def _stop_on_signals(servers: list[_Server], service: Service) -> None:
     def stop() -> None:
         if servers[0].should_exit:
+            kill_all()
             os._exit(130)
         service.stop_waiting()
         for server in servers:

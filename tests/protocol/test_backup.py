@@ -278,7 +278,10 @@ def test_a_coordinator_whose_backup_is_too_old_says_so_and_exits(stage: Any, tmp
 def test_backup_and_restore_are_commands(stage: Any, tmp_path: Path) -> None:
     def command(*arguments: object) -> str:
         done = subprocess.run(
-            [sys.executable, "-m", "swarm_coordinator", *map(str, arguments)], capture_output=True, text=True, timeout=60
+            [sys.executable, "-m", "swarm_coordinator", *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            timeout=60,
         )
         assert done.returncode == 0, done.stderr
         return done.stdout

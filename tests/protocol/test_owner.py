@@ -8,8 +8,10 @@ import signal
 import ssl
 import subprocess
 import sys
+import threading
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from ipaddress import IPv4Address
@@ -113,6 +115,26 @@ def test_a_damaged_order_is_answered_and_changes_nothing(make_stage: MakeStage, 
     stage.journal.carry_out_orders(stage.cast.now_ms)
     assert "was not carried out" in answers(stage.cast)[0]
     assert stage.journal.log_head == head
+
+
+def test_orders_and_a_busy_coordinator_do_not_get_in_each_others_way(make_stage: MakeStage) -> None:
+    stage = make_stage(nodes=2)
+    done = threading.Event()
+
+    def coordinate() -> None:
+        while not done.is_set():
+            stage.journal.mark_alive(stage.cast.now_ms)
+
+    with ThreadPoolExecutor(1) as pool:
+        busy = pool.submit(coordinate)
+        try:
+            for _ in range(30):
+                owner.order(stage.cast.home, "resume", {}, wait_s=0.0)
+        finally:
+            done.set()
+        busy.result()
+    stage.journal.carry_out_orders(stage.cast.now_ms)
+    assert answers(stage.cast) == ["the run was not paused; nothing was changed"] * 30
 
 
 @pytest.mark.parametrize(("text", "ms"), [("90s", 90_000), ("7d", 7 * 86_400_000), ("2w", 14 * 86_400_000)])

@@ -5,7 +5,22 @@ from __future__ import annotations
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
-from swarm_coordinator.api import admission, ledger, objects, problems, rounds, runs
+from swarm_coordinator.api import (
+    admission,
+    events,
+    health,
+    ledger,
+    objects,
+    openapi,
+    pages,
+    problems,
+    records,
+    rounds,
+    runs,
+)
+from swarm_coordinator.api.limits import Desk, Limits, RateLimit
+from swarm_coordinator.api.metrics import Metrics
+from swarm_coordinator.api.watching import Watch
 from swarm_coordinator.service import Service
 from swarm_protocol import __version__
 
@@ -14,6 +29,7 @@ _TAGS = [
     {"name": "runs", "description": "What is trained here, and how far it is."},
     {"name": "records", "description": "Signed records: canonical CBOR, accepted once, never changed."},
     {"name": "rounds", "description": "What nodes and the checkpoint worker follow, in the order of a round."},
+    {"name": "nodes", "description": "Who takes part."},
     {"name": "audits", "description": "What auditors follow."},
     {"name": "credit", "description": "The ledger: verified work, in megaflops, and signed certificates of it."},
     {"name": "objects", "description": "Bytes by their hash."},
@@ -21,7 +37,7 @@ _TAGS = [
 ]
 
 
-def create_app(service: Service) -> FastAPI:
+def create_app(service: Service, limits: Limits | None = None, *, metrics_public: bool = False) -> FastAPI:
     """The application that serves one run. The caller runs the service's clock."""
     app = FastAPI(
         title="swarm-node coordinator",
@@ -30,12 +46,19 @@ def create_app(service: Service) -> FastAPI:
         openapi_tags=_TAGS,
         generate_unique_id_function=_operation,
     )
-    app.state.service = service
-    for module in (runs, rounds, objects, ledger, admission):
+    desk, metrics = Desk(limits or Limits()), Metrics()
+    service.on_commit = metrics.commits.observe
+    app.state.service, app.state.desk = service, desk
+    app.state.metrics, app.state.metrics_public = metrics, metrics_public
+    for module in (health, runs, records, pages, rounds, objects, events, ledger, admission):
         app.include_router(module.router)
     problems.install(app)
+    openapi.install(app)
+    app.add_middleware(RateLimit, desk=desk)
+    app.add_middleware(Watch, metrics=metrics)
     return app
 
 
 def _operation(route: APIRoute) -> str:
-    return f"{route.endpoint.__module__.rpartition('.')[2]}_{route.name}"
+    head = "_head" if route.methods == {"HEAD"} else ""
+    return f"{route.endpoint.__module__.rpartition('.')[2]}_{route.name}{head}"

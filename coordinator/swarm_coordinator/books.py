@@ -253,20 +253,23 @@ class Books:
 
 def stated_balances(session: Session, run: bytes) -> list[Balance]:
     """Everybody's balance after the newest statement, by key. What moved since then is taken back."""
-    stated = exists().where(LedgerRow.run == run, LedgerRow.peer == NodeRow.key, LedgerRow.statement.is_not(None))
+    unstated = (LedgerRow.run == run, LedgerRow.statement.is_(None))
+    since = session.scalar(select(func.min(LedgerRow.seq)).where(*unstated))
+    earliest = (
+        select(func.min(LedgerRow.seq)).where(LedgerRow.run == run, LedgerRow.peer == NodeRow.key).scalar_subquery()
+    )
     columns = (NodeRow.key, NodeRow.pending, NodeRow.settled, NodeRow.forfeited)
-    query = select(*columns).where(NodeRow.run == run, stated).order_by(NodeRow.key)
+    query = select(*columns).where(NodeRow.run == run, earliest.is_not(None) if since is None else earliest < since)
     accounts = [status.value for status in CreditStatus]
-    sums = {key: dict(zip(accounts, amounts, strict=True)) for key, *amounts in session.execute(query)}
-    amounts = select(LedgerRow.peer, LedgerRow.debit, LedgerRow.credit, func.sum(LedgerRow.megaflops))
-    since = amounts.where(LedgerRow.run == run, LedgerRow.statement.is_(None))
-    for peer, debit, credit, moved in session.execute(
-        since.group_by(LedgerRow.peer, LedgerRow.debit, LedgerRow.credit)
-    ):
+    sums = {
+        key: dict(zip(accounts, amounts, strict=True)) for key, *amounts in session.execute(query.order_by(NodeRow.key))
+    }
+    moves = select(LedgerRow.peer, LedgerRow.debit, LedgerRow.credit, LedgerRow.megaflops).where(*unstated)
+    for peer, debit, credit, moved in session.execute(moves):
         if peer in sums:
-            sums[peer][credit] -= int(moved)
+            sums[peer][credit] -= moved
             if debit != RUN:
-                sums[peer][debit] += int(moved)
+                sums[peer][debit] += moved
     return [Balance(key, *amounts.values()) for key, amounts in sums.items()]
 
 

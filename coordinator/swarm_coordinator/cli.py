@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import Coroutine
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +25,14 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+
+LOG_FORMAT = "SWARM_COORDINATOR_LOG_FORMAT"
+
+
+class LogFormat(StrEnum):
+    TEXT = "text"
+    JSON = "json"
+
 
 Directory = Annotated[Path, typer.Argument(help="The run's directory.")]
 Url = Annotated[str, typer.Option(help="The coordinator's address.")]
@@ -129,6 +139,9 @@ def serve(
     no_workers: Annotated[
         bool, typer.Option("--no-workers", help="Start neither the checkpoint worker nor auditors.")
     ] = False,
+    log_format: Annotated[
+        LogFormat | None, typer.Option(help="Lines for people, or an object of JSON for each.")
+    ] = None,
 ) -> None:
     """Serve a run to volunteers, with its checkpoint worker and auditors, until Ctrl-C.
 
@@ -141,6 +154,8 @@ def serve(
 
     config = RunDirectory(directory).config()
     config = config.changed("server", host=host, port=port, tls_certificate=tls_certificate, tls_key=tls_key)
+    config = config.changed("log", format=log_format)
+    os.environ[LOG_FORMAT] = config.log.format  # for the workers that we start
     logs.configure(config.log)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(serving(directory, config.server, workers=not no_workers))
@@ -223,6 +238,28 @@ def audit_reduction(
     report = asyncio.run(reduction_auditor.run(url, round_number, part or None))
     typer.echo(json.dumps(report))
     raise typer.Exit(any(entry["outcome"] != "accepted" for entry in report["records"]))
+
+
+@app.command("export-metrics")
+def export_metrics(
+    url: Annotated[str, typer.Argument(help="The coordinator's address.")],
+    tensorboard: Annotated[Path | None, typer.Option(help="Write TensorBoard's event files into this folder.")] = None,
+    wandb: Annotated[str | None, typer.Option(help="Write to this project of Weights & Biases.")] = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Go on until the run is over.")] = False,
+) -> None:
+    """Export a run's figures by round: losses, nodes, tokens, audits, missing parts. A round is written once."""
+    from swarm_coordinator import exporting
+    from swarm_coordinator.config import Log
+    from swarm_protocol.errors import ConfigurationError
+
+    logs.configure(Log())
+    if tensorboard is not None and wandb is None:
+        work = exporting.run(url, lambda spec: exporting.TensorBoard(spec, tensorboard), follow=follow)
+    elif wandb is not None and tensorboard is None:
+        work = exporting.run(url, lambda spec: exporting.WeightsAndBiases(spec, wandb), follow=follow)
+    else:
+        raise ConfigurationError("say where to: either --tensorboard DIR or --wandb PROJECT")
+    typer.echo(f"{asyncio.run(work)} rounds written")
 
 
 async def _until_stopped(work: Coroutine[None, None, None]) -> None:

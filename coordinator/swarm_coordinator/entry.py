@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
+from swarm_coordinator import evaluations
 from swarm_coordinator.books import Books, Cause
 from swarm_coordinator.db.archive import Archive
 from swarm_coordinator.db.machine_codec import encode_state
@@ -62,6 +63,7 @@ from swarm_protocol.records import (
     CommitmentSet,
     Envelope,
     Equivocation,
+    Evaluation,
     PartHeld,
     PartVerdict,
     Ready,
@@ -140,6 +142,8 @@ class Entry:
     def append(self, envelope: Envelope, record: Record) -> Stored:
         """Store a record, as a leaf of the log unless it is one of `UNLOGGED`; others than our own get a receipt."""
         identity = self._office.identity
+        if isinstance(record, Evaluation):
+            evaluations.note(self._session, self._run, record)
         return self._writing.record(
             envelope,
             record,

@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from contextvars import copy_context
 from typing import TypeVar
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -27,7 +28,7 @@ from swarm_coordinator.topics import Event, Topics
 from swarm_protocol.certificate import Certificate
 from swarm_protocol.errors import RefusedError
 from swarm_protocol.identity import Identity
-from swarm_protocol.records import Envelope, Role
+from swarm_protocol.records import Envelope, Record, Role
 from swarm_protocol.spec import RunSpec
 
 log = logging.getLogger(__name__)
@@ -61,6 +62,8 @@ class Service:
         self._loop = asyncio.get_running_loop()
         self._waiting: list[tuple[Change, asyncio.Future[object]]] = []
         self._draining: asyncio.Task[None] | None = None
+        self._ticked_s = self._loop.time()
+        self.on_commit: Callable[[float], None] = lambda seconds: None
 
     @property
     def spec(self) -> RunSpec:
@@ -104,7 +107,7 @@ class Service:
         """
         size = self._logged(size)
         if leaf >= size:
-            raise RefusedError(f"a log of {size} leaves has no leaf {leaf}", status=422, code="no-such-leaf")
+            raise RefusedError(f"a log of {size} leaves has no leaf {leaf}", status=404, code="no-such-leaf")
         return size, self._journal.log.inclusion_proof(leaf, size)
 
     def consistency_proof(self, old: int, size: int | None) -> tuple[int, tuple[bytes, ...]]:
@@ -115,7 +118,7 @@ class Service:
         """
         size = self._logged(size)
         if old > size:
-            raise RefusedError(f"a log of {size} leaves extends none of {old}", status=422, code="no-such-size")
+            raise RefusedError(f"a log of {size} leaves extends none of {old}", status=404, code="no-such-size")
         return size, self._journal.log.consistency_proof(old, size)
 
     async def certificate(self, key: bytes) -> Certificate | None:
@@ -137,11 +140,26 @@ class Service:
     def _logged(self, size: int | None) -> int:
         committed, _ = self.log_head
         if size is not None and size > committed:
-            raise RefusedError(f"the log has {committed} leaves, not {size}", status=422, code="no-such-size")
+            raise RefusedError(f"the log has {committed} leaves, not {size}", status=404, code="no-such-size")
         return committed if size is None else size
 
-    async def submit(self, data: bytes, token: str | None) -> Receipt:
-        """Accept an encoded envelope.
+    @property
+    def tick_age_s(self) -> float:
+        """How long ago the clock ticked last."""
+        return self._loop.time() - self._ticked_s
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the coordinator is going away."""
+        return self._topics.closed
+
+    async def submit(
+        self,
+        data: bytes,
+        token: str | None,
+        checked: Callable[[Envelope, Record], None] = lambda envelope, record: None,
+    ) -> Receipt:
+        """Accept an encoded envelope. `checked` is called once its signature was checked, and may refuse it.
 
         Raises:
             InvalidDataError: not a record, or not signed.
@@ -149,6 +167,7 @@ class Service:
         """
         envelope = Envelope.decode(data)
         record = envelope.open() if len(data) <= SMALL_BYTES else await asyncio.to_thread(envelope.open)
+        checked(envelope, record)
         receipt = await self._commit(self._journal.offer(envelope, record, token))
         assert isinstance(receipt, Receipt)
         return receipt
@@ -157,6 +176,7 @@ class Service:
         """Let the phases that are over end, and do what the run owner has ordered."""
         await self._write(lambda: self._wake(self._journal.tick(self._clock())))
         await self._write(lambda: self._wake(self._journal.carry_out_orders(self._clock())))
+        self._ticked_s = self._loop.time()
 
     async def appoint(self, role: Role, key: bytes) -> bool:
         """Give a key an office, once. False if that has to wait until a restored run goes on."""
@@ -251,7 +271,14 @@ class Service:
                     done.set_result(result)
 
     async def _write(self, change: Callable[[], T]) -> T:
-        return await self._loop.run_in_executor(self._writer, change)
+        def timed() -> T:
+            started_s = time.perf_counter()
+            try:
+                return change()
+            finally:
+                self.on_commit(time.perf_counter() - started_s)
+
+        return await self._loop.run_in_executor(self._writer, copy_context().run, timed)
 
     def _wake(self, topics: set[str]) -> None:
         self._loop.call_soon_threadsafe(self._topics.wake, topics)

@@ -7,7 +7,6 @@ that `swarm_protocol.data.Dataset` maps. Objects are whole or not there; several
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -17,7 +16,6 @@ from obstore.store import LocalStore, S3Store
 
 from swarm_protocol.chunks import Buffer, StateManifest, chunks, content_hash, manifest_of
 from swarm_protocol.errors import ConfigurationError, HashMismatchError
-from swarm_protocol.files import write_atomic
 
 
 class Store:
@@ -44,24 +42,6 @@ class Store:
             self._store = _bucket(url)
         else:
             raise ConfigurationError(f"{url} is neither file:///PATH nor s3://BUCKET/PREFIX")
-
-    def dataset_folder(self, hashes: Iterable[bytes], cache: Path) -> Path:
-        """A folder with these blobs as files that are named by their hash; `cache` is used where the store is a bucket.
-
-        Raises:
-            HashMismatchError: a blob is not there.
-        """
-        if self.folder is not None:
-            return self.folder / "chunks"
-        for digest in hashes:
-            path = cache / digest.hex()
-            if path.exists():
-                continue
-            blob = self.get(digest)
-            if blob is None or content_hash(blob) != digest:
-                raise HashMismatchError(f"the object store lost the blob {digest.hex()}; restore it from a backup")
-            write_atomic(path, blob)
-        return cache
 
     def put(self, digest: bytes, data: bytes) -> None:
         """Store a blob under its hash; one that is there already, whole, stays.

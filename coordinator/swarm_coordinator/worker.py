@@ -1,9 +1,9 @@
 """The checkpoint worker: follows the checkpoint, off the nodes' path, and is everybody's first peer.
 
 In a round that needs sketches it says which count and what they select (`selecting`). It fetches each average that a
-reducer published, checks it, keeps its bytes and says so; once the exchange of a round is
-closed it does the outer step and reports the root that the manifest will name; it stores every checkpoint's chunks, and
-measures the held-out loss. It holds no secrets but its key, and stopping it stops nothing that nodes have begun.
+reducer published, checks it, keeps its bytes and says so; once the exchange of a round is closed it does the outer step and
+reports the root that the manifest will name; it stores every checkpoint's chunks, and has each evaluated by another process
+(`evaluating`). It holds no secrets but its key, and stopping it stops nothing that nodes have begun.
 """
 
 from __future__ import annotations
@@ -15,15 +15,17 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TypeVar
 
+from pydantic import ValidationError
+
+from swarm_coordinator.evaluating import Evaluator, wants_sample
 from swarm_coordinator.run_directory import RunDirectory
 from swarm_coordinator.selecting import Selecting
 from swarm_coordinator.store import Store
 from swarm_protocol import checkpoint as checkpoints
-from swarm_protocol import data, fetch, parts, sketching, training
+from swarm_protocol import fetch, parts, sketching, training
 from swarm_protocol.checkpoint import Checkpoint
 from swarm_protocol.chunks import content_hash
 from swarm_protocol.client import Commitments, CoordinatorClient, persist
-from swarm_protocol.data import Dataset, DatasetManifest
 from swarm_protocol.errors import InvalidDataError, RefusedError, SwarmError, UnreachableError
 from swarm_protocol.files import write_atomic
 from swarm_protocol.identity import Identity, peer_id
@@ -70,10 +72,8 @@ async def run(directory: Path, url: str, host: str | None = None) -> None:
         plane = await PeerPlane.start(home.worker_key, client.spec.run_id, listen=[listen])
         try:
             with SigningLedger(directory / "worker" / "signed.db", identity) as ledger:
-                worker = CheckpointWorker(
-                    client, plane, ledger, Store(home.objects_url()), directory / "worker" / "shards"
-                )
-                await worker.run()
+                evaluator = Evaluator(directory)
+                await CheckpointWorker(client, plane, ledger, Store(home.objects_url()), evaluator).run()
         finally:
             await plane.close()
 
@@ -99,15 +99,20 @@ class CheckpointWorker:
     """One run's checkpoint worker."""
 
     def __init__(
-        self, client: CoordinatorClient, plane: PeerPlane, ledger: SigningLedger, store: Store, cache: Path
+        self,
+        client: CoordinatorClient,
+        plane: PeerPlane,
+        ledger: SigningLedger,
+        store: Store,
+        evaluator: Evaluator,
     ) -> None:
         self._client = client
         self._spec = client.spec
         self._plane = plane
         self._ledger = ledger
         self._store = store
-        self._cache = cache
-        self._evaluations: asyncio.Queue[Checkpoint] = asyncio.Queue(maxsize=64)
+        self._evaluator = evaluator
+        self._evaluations: asyncio.Queue[tuple[int, bytes]] = asyncio.Queue()
 
     async def run(self) -> None:
         """Follow the run round by round until its last one is sealed and evaluated."""
@@ -118,9 +123,9 @@ class CheckpointWorker:
         await self._patiently(lambda: self._client.post(here))
         round_number, root = await self._patiently(self._client.latest_checkpoint)
         checkpoint = await self._patiently(lambda: fetch.checkpoint(self._client, round_number, root))
+        await self._catch_up()
         evaluating = asyncio.create_task(self._evaluate())
         try:
-            self._evaluations.put_nowait(checkpoint)
             while checkpoint.round < self._spec.rounds.count:
                 try:
                     checkpoint = await self._round(checkpoint)
@@ -128,10 +133,11 @@ class CheckpointWorker:
                     if error.code != "run-finished":
                         raise
                     break
-                await self._evaluations.put(checkpoint)
+                self._evaluations.put_nowait((checkpoint.round, checkpoint.root))
             await self._evaluations.join()
         finally:
             evaluating.cancel()
+            await self._evaluator.close()
         log.info("the run's last checkpoint is sealed and evaluated")
         await asyncio.Event().wait()  # still everybody's first peer
 
@@ -264,36 +270,38 @@ class CheckpointWorker:
 
     # Held-out loss
 
+    async def _catch_up(self) -> None:
+        """Queue the sealed checkpoints that have no evaluation yet: the newest, and any that a crash left out."""
+        status = await self._patiently(self._client.status)
+        sealed = [(0, self._spec.checkpoint), *((one["round"] + 1, one["root"]) for one in status["history"])]
+        known = {one["round"] for one in status["evaluations"]}
+        for number, root in sealed:
+            if number not in known:
+                self._evaluations.put_nowait((number, bytes.fromhex(root)))
+
     async def _evaluate(self) -> None:
-        manifest = DatasetManifest.decode(await self._data_manifest())
-        held_out = [shard.hash for shard in manifest.held_out]
-        folder = await asyncio.to_thread(self._store.dataset_folder, held_out, self._cache)
-        dataset = Dataset.from_directory(manifest, folder)
+        rounds = self._spec.rounds.count
         while True:
-            checkpoint = await self._evaluations.get()
+            number, root = await self._evaluations.get()
             try:
-                loss, tokens = await asyncio.to_thread(self._loss, checkpoint, dataset)
-                await self._sign_and_post(
-                    Evaluation(
-                        run=self._spec.run_id, round=checkpoint.round, root=checkpoint.root, loss=loss, tokens=tokens
+                found = self._ledger.find(self._spec.run_id, Evaluation.kind, number, 0)
+                if found is None:
+                    one = await self._evaluator.measure(root, sample=wants_sample(number, rounds))
+                    record = Evaluation(
+                        run=self._spec.run_id,
+                        round=number,
+                        root=root,
+                        loss=one.loss,
+                        tokens=one.tokens,
+                        sample=one.sample,
                     )
-                )
-            except (RefusedError, SwarmError) as error:
-                log.warning("checkpoint %d is not evaluated: %s", checkpoint.round, error)
+                    await self._sign_and_post(record)
+                else:
+                    await self._patiently(lambda: self._client.post(found))  # noqa: B023
+            except (SwarmError, ValidationError) as error:
+                log.warning("checkpoint %d is not evaluated: %s", number, error)
             finally:
                 self._evaluations.task_done()
-
-    def _loss(self, checkpoint: Checkpoint, dataset: Dataset) -> tuple[float, int]:
-        batches = list(data.held_out_batches(self._spec, dataset))
-        tokens = sum(batch.shape[0] * (batch.shape[1] - 1) for batch in batches)
-        return training.evaluate(self._spec, checkpoint.parameters, batches), tokens
-
-    async def _data_manifest(self) -> bytes:
-        root = bytes.fromhex(self._spec.data.root)
-        found = await asyncio.to_thread(self._store.get, root)
-        if found is None:
-            raise SwarmError("the dataset's manifest is not in the object store; restore it from a backup")
-        return found
 
     # Small things
 

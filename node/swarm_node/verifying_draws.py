@@ -118,7 +118,7 @@ class Check:
             differences += different(f"{field} in the status", status[field], counts)
         known = {peer_id(key): account for key, account in self.history.accounts.items()}
         pending = Counter(peer_id(one.peer) for _, one in self._audits() if one.outcome is None)
-        said_of = {str(node["peer"]): node for node in status["nodes"]}
+        said_of = {str(node["peer"]): node for node in await self._client.nodes()}
         differences += different("who registered", sorted(said_of), sorted(known))
         for peer in sorted(said_of.keys() & known.keys()):
             account = known[peer]

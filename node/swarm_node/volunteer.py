@@ -148,6 +148,7 @@ class Volunteer:
                         raise
                     continue
                 if plan is not None:
+                    self._in_background(self._client.check_receipts(plan))
                     await self._take_part(plan, checkpoint, shards)
             await self._serve_out()
         finally:
@@ -462,8 +463,8 @@ class Volunteer:
                     await asyncio.sleep(0.5)
 
     async def _audits_pending(self) -> bool:
-        nodes = (await self._patiently(self._client.status))["nodes"]
-        return any(node["peer"] == self.progress.peer and node["pending_audits"] for node in nodes)
+        node = await self._patiently(lambda: self._client.node(self._key))
+        return bool(node["pending_audits"])
 
     # Small things
 

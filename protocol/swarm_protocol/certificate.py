@@ -18,7 +18,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from swarm_protocol.errors import HashMismatchError, InvalidDataError
+from swarm_protocol.errors import ConfigurationError, HashMismatchError, InvalidDataError
 from swarm_protocol.identity import peer_id
 from swarm_protocol.ledger import Balance
 from swarm_protocol.log import leaf_hash, verify_inclusion
@@ -109,9 +109,12 @@ def check(certificate: Certificate, *, run: bytes | None = None, checkpoint: byt
         checkpoint: the root of the checkpoint that it has to be for; None for any.
 
     Raises:
-        InvalidDataError, ConfigurationError: says what is wrong; it shows nothing then.
+        InvalidDataError: says what is wrong; it shows nothing then.
     """
-    spec = RunSpec.decode(bytes.fromhex(certificate.spec))
+    try:
+        spec = RunSpec.decode(bytes.fromhex(certificate.spec))
+    except ConfigurationError as error:
+        raise InvalidDataError(f"the certificate's run cannot be read: {error}") from error
     if run is not None and spec.run_id != run:
         raise HashMismatchError(f"the certificate is of run {spec.run_id.hex()}, not of {run.hex()}")
     coordinator = bytes.fromhex(spec.coordinator)

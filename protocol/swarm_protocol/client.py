@@ -27,6 +27,7 @@ from swarm_protocol.errors import (
     UnreachableError,
 )
 from swarm_protocol.parts import part_count
+from swarm_protocol.receipts import Receipts
 from swarm_protocol.records import (
     MAX_RECORD_BYTES,
     Appointment,
@@ -56,6 +57,10 @@ MAX_LIST_BYTES = 64 << 20
 MAX_JSON_BYTES = 16 << 20
 MAX_CHUNK_BYTES = 1 << 28
 MAX_ENTRIES_BYTES = 16 << 20
+MAX_PAGES = 10_000
+MAX_RETRY_AFTER_S = 60.0
+ASKED_TO_WAIT = (408, 429, 503)
+"""Too slow, too often, too busy: nothing was decided about what we sent."""
 
 T = TypeVar("T")
 
@@ -97,6 +102,7 @@ class CoordinatorClient:
         self._token = token
         self._base = f"{url}/v1/runs/{spec.run_id.hex()}"
         self._owner = bytes.fromhex(spec.coordinator)
+        self._receipts = Receipts(spec)
         self.traffic = Traffic()
         self._newest: dict[str, tuple[int, Envelope]] = {}
 
@@ -147,7 +153,7 @@ class CoordinatorClient:
     # Records
 
     async def post(self, envelope: Envelope) -> dict[str, Any]:
-        """Hand in a signed record; the same one twice is harmless. Returns the coordinator's receipt."""
+        """Hand in a signed record; the same one twice is harmless. Returns the coordinator's answer, its receipt checked."""
         headers = {"content-type": CBOR}
         if self._token:
             headers["authorization"] = f"Bearer {self._token}"
@@ -160,6 +166,8 @@ class CoordinatorClient:
         receipt = _json(response)
         if not isinstance(receipt, dict):
             raise InvalidDataError("the coordinator's receipt is not an object")
+        if receipt.get("receipt") is not None:
+            self._receipts.note(envelope, receipt["receipt"])
         return receipt
 
     async def hand_in(self) -> None:
@@ -175,6 +183,13 @@ class CoordinatorClient:
         number, _ = self._newest.get(record.kind, (-1, None))
         if record.round >= number:
             self._newest[record.kind] = (record.round, envelope)
+
+    async def check_receipts(self, plan: RoundPlan) -> None:
+        """Say loudly if the log that a plan is made from lacks a commitment of ours that was acknowledged."""
+        try:
+            await self._receipts.check(plan, self._inclusion_proof)
+        except UnreachableError as error:
+            log.info("receipts cannot be checked now: %s", error)
 
     async def record(self, record_hash: bytes) -> Envelope:
         """A record by its hash; whoever needs it checks who signed it."""
@@ -312,6 +327,29 @@ class CoordinatorClient:
             raise InvalidDataError("the coordinator's status is not an object")
         return status
 
+    async def node(self, key: bytes) -> dict[str, Any]:
+        """An identity as JSON (see the API's `NodeStatus`)."""
+        node = _json(await self._call("GET", f"/nodes/{key.hex()}", MAX_JSON_BYTES))
+        if not isinstance(node, dict):
+            raise InvalidDataError("the coordinator's account of a node is not an object")
+        return node
+
+    async def nodes(self) -> list[dict[str, Any]]:
+        """All identities that ever registered (see the API's `NodeStatus`), page by page."""
+        found: list[dict[str, Any]] = []
+        after: str | None = None
+        for _ in range(MAX_PAGES):
+            params = {} if after is None else {"after": after}
+            page = _json(await self._call("GET", "/nodes", MAX_JSON_BYTES, params=params))
+            try:
+                found += [dict(node) for node in page["nodes"]]
+                after = page["next"]
+            except (KeyError, TypeError, ValueError) as error:
+                raise InvalidDataError("the coordinator's list of nodes is no page of nodes") from error
+            if after is None:
+                return found
+        raise InvalidDataError(f"the coordinator's list of nodes does not end after {MAX_PAGES} pages")
+
     async def round_detail(self, round_number: int) -> dict[str, Any]:
         """A round as JSON (see the API's `RoundDetail`)."""
         detail = _json(await self._call("GET", f"/rounds/{round_number}", MAX_JSON_BYTES))
@@ -400,6 +438,13 @@ class CoordinatorClient:
             raise HashMismatchError(f"chunk {digest.hex()[:12]} came with other bytes")
         return data
 
+    async def _inclusion_proof(self, leaf: int, size: int) -> list[bytes]:
+        answer = await self.json("/log/inclusion", leaf=leaf, size=size)
+        try:
+            return [bytes.fromhex(one) for one in answer["proof"]]
+        except (KeyError, TypeError, ValueError) as error:
+            raise InvalidDataError("the coordinator's inclusion proof is not a list of hashes") from error
+
     async def _poll(self, path: str, wait_s: float, max_bytes: int, **params: Any) -> bytes | None:
         response = await self._call(
             "GET", path, max_bytes, timeout_s=wait_s + TIMEOUT_S, params={"wait_s": wait_s, **params}
@@ -441,11 +486,22 @@ async def _request(
     if whole.is_redirect:
         elsewhere = response.headers.get("location", "another address")
         raise UnreachableError(f"{http_root(url)} sends us on to {elsewhere:.200}; give that address instead")
+    if whole.status_code in ASKED_TO_WAIT:
+        raise UnreachableError(
+            f"the coordinator at {http_root(url)} asks us to wait: {_refusal(whole).reason}",
+            retry_after_s=_retry_after_s(response.headers),
+        )
     if whole.status_code >= 500:
         raise UnreachableError(f"the coordinator at {http_root(url)} has a fault (HTTP {whole.status_code})")
     if whole.status_code >= 400:
         raise _refusal(whole)
     return whole
+
+
+def _retry_after_s(headers: httpx.Headers) -> float:
+    """Seconds that an answer asks us to wait, at most a minute; 0 where it does not say, or gives a date."""
+    value = headers.get("retry-after", "")
+    return min(float(value), MAX_RETRY_AFTER_S) if value.isascii() and value.isdigit() else 0.0
 
 
 def _plain(headers: httpx.Headers) -> dict[str, str]:
@@ -482,16 +538,20 @@ async def persist(
     first_pause_s: float = 0.25,
     longest_pause_s: float = 5.0,
 ) -> T:
-    """Repeat `attempt` with growing pauses while it raises `UnreachableError`, for at most `deadline_s`."""
+    """Repeat `attempt` with growing pauses while it raises `UnreachableError`, for at most `deadline_s`.
+
+    Pauses are at least as long as the other side asks for.
+    """
     loop = asyncio.get_running_loop()
     end, pause_s = loop.time() + deadline_s, first_pause_s
     while True:
         try:
             return await attempt()
         except UnreachableError as error:
-            if loop.time() + pause_s > end:
+            wait_s = max(pause_s, error.retry_after_s)
+            if loop.time() + wait_s > end:
                 raise
             if waiting is not None:
                 waiting(str(error))
-        await asyncio.sleep(pause_s)
+        await asyncio.sleep(wait_s)
         pause_s = min(pause_s * 1.6, longest_pause_s)

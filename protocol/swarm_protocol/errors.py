@@ -51,7 +51,11 @@ class RefusedError(SwarmError):
 
 
 class UnreachableError(SwarmError):
-    """Nobody answered in time. Trying again later may help."""
+    """Nobody answered in time, or asks us to wait `retry_after_s` at least. Trying again later may help."""
+
+    def __init__(self, reason: str = "", *, retry_after_s: float = 0.0) -> None:
+        super().__init__(reason)
+        self.retry_after_s = retry_after_s
 
 
 class EquivocationError(SwarmError):

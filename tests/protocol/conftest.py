@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Callable, Iterator
+import socket
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
+import uvicorn
+from fastapi import FastAPI
 
-from swarm_coordinator.db.archive import opened
-from swarm_coordinator.db.tables import AuditRow
+from swarm_coordinator.app import create_app
+from swarm_coordinator.db.archive import Archive, opened
+from swarm_coordinator.db.tables import AuditRow, CreditRow, LedgerRow
 from swarm_coordinator.journal import Journal
 from swarm_coordinator.run_directory import RunDirectory
+from swarm_coordinator.service import Service, open_service
 from swarm_coordinator.store import Store
 from swarm_protocol import PROTOCOL_VERSION, aggregate, parts
 from swarm_protocol.chunks import content_hash
 from swarm_protocol.draw import chain_end, nonce_hash
 from swarm_protocol.errors import RefusedError
 from swarm_protocol.identity import Identity
+from swarm_protocol.ledger import Balance
 from swarm_protocol.records import (
     CheckpointReport,
     Commitment,
@@ -39,6 +50,7 @@ from swarm_protocol.records import (
     Role,
     RoundPlan,
     Verdict,
+    decode_list,
 )
 from swarm_protocol.spec import (
     AuditSpec,
@@ -188,8 +200,8 @@ class Cast:
         )
         return Envelope.sign(auditor, record)
 
-    def evaluation(self, round_number: int, root: bytes) -> Envelope:
-        record = Evaluation(run=self.run, round=round_number, root=root, loss=5.4, tokens=512)
+    def evaluation(self, round_number: int, root: bytes, sample: str | None = None) -> Envelope:
+        record = Evaluation(run=self.run, round=round_number, root=root, loss=5.4, tokens=512, sample=sample)
         return Envelope.sign(self.worker, record)
 
     def changed(self, signer: Identity, record: Record, **changes: object) -> Envelope:
@@ -209,6 +221,47 @@ class Cast:
 MakeCast = Callable[..., Cast]
 
 
+def cast_in(
+    root: Path,
+    nodes: int = 2,
+    rounds: int = 2,
+    token: str | None = None,
+    aggregator: aggregate.Name = "multi_krum",
+    reductions: float = 0.0,
+    url: str | None = None,
+) -> Cast:
+    """A run's directory, whose database is at `url` if that is given, and who takes part in it."""
+    home = RunDirectory(root)
+    coordinator, worker, auditors = identity(1), identity(2), [identity(3), identity(4)]
+    coordinator.save(home.coordinator_key)
+    worker.save(home.worker_key)
+    for number, auditor in enumerate(auditors):
+        auditor.save(home.auditor_key(number))
+    home.beacon_seed_file.write_bytes(BEACON_SEED)
+    if url is not None:
+        home.config_file.write_text(f"[database]\nurl = {json.dumps(url)}\n")
+    if token is not None:
+        home.token_file.write_text(token)
+    state = np.zeros(2 * MODEL.num_parameters, dtype=np.float32)
+    spec = RunSpec(
+        name="test",
+        seed=7,
+        numerics="native",
+        coordinator=coordinator.public_key.hex(),
+        checkpoint=Store(home.objects).put_state(state).root.hex(),
+        beacon=chain_end(BEACON_SEED, rounds).hex(),
+        model=MODEL,
+        data=DataSpec(root="00" * 32, tokenizer="bytes", train_tokens=1000, held_out_windows=4),
+        training=TrainingSpec(batch_sequences=80, micro_sequences=2, steps=2, segment_steps=1),
+        exchange=ExchangeSpec(parts=2, aggregator=aggregator),
+        outer=OuterSpec(),
+        rounds=RoundsSpec(count=rounds, min_nodes=nodes, max_nodes=nodes, assemble_s=0.0),
+        audit=AuditSpec(reductions=reductions),
+    )
+    home.spec_file.write_bytes(spec.encode())
+    return Cast(home, spec, [identity(10 + number) for number in range(nodes)], worker, auditors)
+
+
 @pytest.fixture
 def make_cast(tmp_path: Path, request: pytest.FixtureRequest) -> MakeCast:
     """`make_cast(nodes=2, rounds=2, token=None, ...)`: a run's directory, and who takes part in it.
@@ -216,45 +269,7 @@ def make_cast(tmp_path: Path, request: pytest.FixtureRequest) -> MakeCast:
     Averages are audited only where `reductions` is given. Tests that use `database_url` too run on every kind of database.
     """
     url = request.getfixturevalue("database_url") if "database_url" in request.fixturenames else None
-
-    def make(
-        nodes: int = 2,
-        rounds: int = 2,
-        token: str | None = None,
-        aggregator: aggregate.Name = "multi_krum",
-        reductions: float = 0.0,
-    ) -> Cast:
-        home = RunDirectory(tmp_path / "run")
-        coordinator, worker, auditors = identity(1), identity(2), [identity(3), identity(4)]
-        coordinator.save(home.coordinator_key)
-        worker.save(home.worker_key)
-        for number, auditor in enumerate(auditors):
-            auditor.save(home.auditor_key(number))
-        home.beacon_seed_file.write_bytes(BEACON_SEED)
-        if url is not None:
-            home.config_file.write_text(f"[database]\nurl = {json.dumps(url)}\n")
-        if token is not None:
-            home.token_file.write_text(token)
-        state = np.zeros(2 * MODEL.num_parameters, dtype=np.float32)
-        spec = RunSpec(
-            name="test",
-            seed=7,
-            numerics="native",
-            coordinator=coordinator.public_key.hex(),
-            checkpoint=Store(home.objects).put_state(state).root.hex(),
-            beacon=chain_end(BEACON_SEED, rounds).hex(),
-            model=MODEL,
-            data=DataSpec(root="00" * 32, tokenizer="bytes", train_tokens=1000, held_out_windows=4),
-            training=TrainingSpec(batch_sequences=80, micro_sequences=2, steps=2, segment_steps=1),
-            exchange=ExchangeSpec(parts=2, aggregator=aggregator),
-            outer=OuterSpec(),
-            rounds=RoundsSpec(count=rounds, min_nodes=nodes, max_nodes=nodes, assemble_s=0.0),
-            audit=AuditSpec(reductions=reductions),
-        )
-        home.spec_file.write_bytes(spec.encode())
-        return Cast(home, spec, [identity(10 + number) for number in range(nodes)], worker, auditors)
-
-    return make
+    return partial(cast_in, tmp_path / "run", url=url)
 
 
 class Stage:
@@ -312,6 +327,27 @@ class Stage:
     def audit(self, slot: int, part: int) -> AuditRow | None:
         return self.journal.read(lambda archive: archive.audit(self.plan.round, slot, part))
 
+    def balances(self) -> dict[bytes, Balance]:
+        """Of everybody who earned, by the coordinator's sums; its ledger and its contributions have to say the same."""
+        accounts = ("pending", "settled", "forfeited")
+
+        def query(archive: Archive) -> dict[bytes, Balance]:
+            kept = {one.key: Balance(one.key, one.pending, one.settled, one.forfeited) for one in archive.nodes()}
+            booked, moved = dict[bytes, Counter[str]](), dict[bytes, Counter[str]]()
+            for row in archive.session.query(CreditRow):
+                booked.setdefault(row.peer, Counter())[row.status] += row.megaflops
+            for entry in archive.session.query(LedgerRow):
+                sums = moved.setdefault(entry.peer, Counter())
+                sums[entry.credit] += entry.megaflops
+                sums[entry.debit] -= entry.megaflops
+            for found in (booked, moved):
+                assert kept == {
+                    key: Balance(key, *(found.get(key, Counter())[one] for one in accounts)) for key in kept
+                }
+            return {key: one for key, one in kept.items() if key in moved}
+
+        return self.journal.read(query)
+
     def newest(self, kind: Any) -> Any:
         return self.journal.read(lambda archive: opened(archive.newest(kind.kind, 1)[0]))
 
@@ -346,3 +382,137 @@ def make_stage(make_cast: MakeCast) -> Iterator[MakeStage]:
 @pytest.fixture
 def stage(make_stage: MakeStage) -> Stage:
     return make_stage()
+
+
+@pytest.fixture(scope="module")
+def cast(tmp_path_factory: pytest.TempPathFactory) -> Cast:
+    """One cast for all tests of a module."""
+    return cast_in(tmp_path_factory.mktemp("cast") / "run")
+
+
+class Api:
+    """The coordinator as its clients see it, in process."""
+
+    def __init__(self, cast: Cast, http: httpx.AsyncClient, service: Service) -> None:
+        self.cast = cast
+        self.http = http
+        self.service = service
+
+    async def get(self, path: str, **options: Any) -> httpx.Response:
+        return await self.http.get(f"/v1/runs/{self.cast.run.hex()}{path}", **options)
+
+    async def offer(self, data: bytes | Envelope, **headers: str) -> httpx.Response:
+        content = data if isinstance(data, bytes) else data.encode()
+        return await self.http.post(f"/v1/runs/{self.cast.run.hex()}/records", content=content, headers=headers)
+
+    async def accept(self, *envelopes: Envelope) -> None:
+        for envelope in envelopes:
+            response = await self.offer(envelope)
+            assert response.status_code == 201, response.text
+
+    async def refuse(self, envelope: Envelope | bytes, status: int, code: str, **headers: str) -> str:
+        response = await self.offer(envelope, **headers)
+        problem = response.json()
+        assert (response.status_code, problem["code"]) == (status, code), response.text
+        assert response.headers["content-type"] == "application/problem+json"
+        assert problem["status"] == status
+        assert problem["type"].endswith(code)
+        return str(problem["detail"])
+
+    async def base(self) -> bytes:
+        return bytes.fromhex((await self.get("/checkpoints/latest")).json()["root"])
+
+    async def plan(self, number: int = 0) -> RoundPlan:
+        envelope = Envelope.decode((await self.get(f"/rounds/{number}/plan")).content)
+        return envelope.open_as(RoundPlan, run=self.cast.run, key=bytes.fromhex(self.cast.spec.coordinator))
+
+    async def several(self, path: str) -> list[Envelope]:
+        return decode_list((await self.get(path)).content, max_bytes=1 << 20)
+
+    async def to_training(self) -> RoundPlan:
+        await self.accept(*(self.cast.registration(node) for node in self.cast.nodes))
+        base = await self.base()
+        await self.accept(*(self.cast.ready(node, 0, base) for node in self.cast.nodes))
+        return await self.plan()
+
+    async def to_exchanging(self) -> tuple[RoundPlan, CommitmentSet, list[Envelope]]:
+        plan = await self.to_training()
+        commitments = [self.cast.commitment(plan, slot) for slot in range(len(plan.roster))]
+        await self.accept(*commitments)
+        closing, *_ = await self.several("/rounds/0/commitments")
+        return plan, closing.open_as(CommitmentSet, run=self.cast.run), commitments
+
+    async def to_opening(self) -> tuple[RoundPlan, list[Envelope]]:
+        plan, closing, commitments = await self.to_exchanging()
+        records = [self.cast.part_record(plan, closing, part, slot=part) for part in range(2)]
+        await self.accept(*records, *(self.cast.part_held(record) for record in records))
+        await self.accept(self.cast.report(plan, tuple(record.open().hash for record in records), b"r" * 32))
+        return plan, commitments
+
+    async def to_audits(self) -> tuple[RoundPlan, list[Envelope]]:
+        plan, commitments = await self.to_opening()
+        await self.accept(*(self.cast.opening(plan, slot) for slot in range(len(plan.roster))))
+        return plan, commitments
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to the tests."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+@asynccontextmanager
+async def listening(app: FastAPI) -> AsyncIterator[str]:
+    """The application on a port of this machine; its URL."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        config = uvicorn.Config(app, log_config=None, lifespan="off", timeout_graceful_shutdown=1)
+        server = _Server(config)
+        task = asyncio.create_task(server.serve(sockets=[listener]))
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            app.state.service.stop_waiting()
+            server.should_exit = True
+            await task
+
+
+@asynccontextmanager
+async def _serving(
+    cast: Cast, *, address: str = "127.0.0.1", listen: bool = False, **options: Any
+) -> AsyncIterator[Api]:
+    async with AsyncExitStack() as stack:
+        service = await stack.enter_async_context(open_service(cast.home, cast.clock))
+        app = create_app(service, **options)
+        if listen:
+            http = httpx.AsyncClient(base_url=await stack.enter_async_context(listening(app)))
+        else:
+            http = httpx.AsyncClient(
+                transport=httpx.ASGITransport(app, client=(address, 1)), base_url="http://coordinator"
+            )
+        yield Api(cast, await stack.enter_async_context(http), service)
+
+
+@pytest.fixture(scope="session")
+def serving() -> Callable[..., AbstractAsyncContextManager[Api]]:
+    """`serving(cast, **options)`: the cast's coordinator, with the options of `play`."""
+    return _serving
+
+
+@pytest.fixture
+def play() -> Callable[..., None]:
+    """`play(cast, script, **options)`: runs `script(api)` against the cast's coordinator, within half a minute or `within_s`.
+
+    In process, or with `listen=True` through a port of this machine. The other options are those of the application, and
+    the client's `address` in process.
+    """
+
+    def play(cast: Cast, script: Callable[[Api], Awaitable[None]], *, within_s: float = 30.0, **options: Any) -> None:
+        async def run() -> None:
+            async with asyncio.timeout(within_s), _serving(cast, **options) as api:
+                await script(api)
+
+        asyncio.run(run())
+
+    return play

@@ -159,7 +159,7 @@ def test_the_log_proves_what_is_in_it_and_what_it_extends(played: Any) -> None:
         "/log/consistency?old=5&size=4",
         "/log/inclusion",
     )
-    assert refused == [422] * len(refused)
+    assert refused == [404] * (len(refused) - 1) + [422]
     signed = Envelope.decode(bytes.fromhex(head["signed"]))
     owner = bytes.fromhex(played.cast.spec.coordinator)
     assert signed.open_as(LogHead, run=played.cast.run, round=0, key=owner).root == log.root()
@@ -221,7 +221,7 @@ def test_no_part_of_a_certificate_can_be_another(played: Any) -> None:
     bad += [{name: value for name, value in good.items() if name != missing} for missing in good]
     shown(good)
     for one in bad:
-        with pytest.raises(SwarmError):
+        with pytest.raises(InvalidDataError):
             shown(one)
 
 

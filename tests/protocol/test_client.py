@@ -24,10 +24,12 @@ from swarm_protocol.errors import (
     HashMismatchError,
     InvalidDataError,
     RefusedError,
+    SignatureError,
     UnreachableError,
 )
 from swarm_protocol.identity import Identity
-from swarm_protocol.records import Envelope, PartHeld, encode_list
+from swarm_protocol.log import leaf_hash
+from swarm_protocol.records import Envelope, LogHead, PartHeld, Receipt, encode_list
 from swarm_protocol.spec import (
     AuditSpec,
     DataSpec,
@@ -44,6 +46,7 @@ Answer = tuple[int, dict[str, str], bytes]
 Route = Answer | Callable[["Request"], Answer]
 
 OWNER = Identity.from_seed(bytes(32))
+STRANGER = Identity.from_seed(b"s" * 32)
 ZERO = "0" * 64
 SPEC = RunSpec(
     name="test",
@@ -357,6 +360,34 @@ def test_a_record_is_posted_with_its_bytes_and_the_token(server: FakeCoordinator
 
 
 # Content
+
+
+def test_a_receipt_in_the_answer_is_checked(server: FakeCoordinator) -> None:
+    record, leaf = POSTED.open().hash, leaf_hash(POSTED.encode())
+    for signer, named, accepted in ((OWNER, record, True), (OWNER, bytes(32), False), (STRANGER, record, False)):
+        receipt = Receipt(run=RUN, round=1, sequence=7, record=named, leaf_hash=leaf)
+        answer = {"leaf": 7, "receipt": Envelope.sign(signer, receipt).encode().hex()}
+        server.answers("/records", json.dumps(answer).encode())
+        if accepted:
+            assert connected(server, lambda client: client.post(POSTED)) == answer
+        else:
+            with pytest.raises(InvalidDataError):
+                connected(server, lambda client: client.post(POSTED))
+
+
+def test_a_signed_head_of_the_log_is_the_coordinators(server: FakeCoordinator) -> None:
+    head = LogHead(run=RUN, round=0, sequence=3, root=bytes(32))
+    for signer in (OWNER, STRANGER):
+        server.answers("/log/head", json.dumps({"signed": Envelope.sign(signer, head).encode().hex()}).encode())
+        if signer is OWNER:
+            assert connected(server, lambda client: client.signed_log_head())[0] == head
+        else:
+            with pytest.raises(SignatureError):
+                connected(server, lambda client: client.signed_log_head())
+    for body in (b"{}", b'{"signed": 1}', b'{"signed": "zz"}', b"[]"):
+        server.answers("/log/head", body)
+        with pytest.raises(InvalidDataError):
+            connected(server, lambda client: client.signed_log_head())
 
 
 def test_a_chunk_comes_with_the_bytes_of_its_hash_or_not_at_all(server: FakeCoordinator) -> None:

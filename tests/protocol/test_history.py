@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +13,7 @@ from sqlalchemy import create_engine, text
 from swarm_coordinator.api.status import drawn_segments
 from swarm_coordinator.app import create_app
 from swarm_coordinator.db.archive import Archive
-from swarm_coordinator.db.tables import AuditRow, CreditRow, LedgerRow, NodeRow
+from swarm_coordinator.db.tables import AuditRow, NodeRow
 from swarm_coordinator.service import open_service
 from swarm_node.verifying_draws import compare
 from swarm_protocol import encoding
@@ -22,7 +21,6 @@ from swarm_protocol.client import CoordinatorClient
 from swarm_protocol.errors import InvalidDataError, RefusedError
 from swarm_protocol.history import History
 from swarm_protocol.identity import Identity
-from swarm_protocol.ledger import Balance
 from swarm_protocol.policy import Account
 from swarm_protocol.records import (
     Appointment,
@@ -72,23 +70,7 @@ def the_same(stage: Any, history: History) -> None:
         for where, audit in played.audits.items()
     }
     assert (found, history.accounts) == stage.journal.read(query)
-    assert history.ledger.balances == stage.journal.read(balances)
-
-
-def balances(archive: Archive) -> dict[bytes, Balance]:
-    """By the sums that the coordinator keeps; its ledger and its contributions have to say the same."""
-    kept = {one.key: Balance(one.key, one.pending, one.settled, one.forfeited) for one in archive.nodes()}
-    booked, moved = dict[bytes, Counter[str]](), dict[bytes, Counter[str]]()
-    for row in archive.session.query(CreditRow):
-        booked.setdefault(row.peer, Counter())[row.status] += row.megaflops
-    for entry in archive.session.query(LedgerRow):
-        sums = moved.setdefault(entry.peer, Counter())
-        sums[entry.credit] += entry.megaflops
-        sums[entry.debit] -= entry.megaflops
-    accounts = ("pending", "settled", "forfeited")
-    for found in (booked, moved):
-        assert kept == {key: Balance(key, *(found.get(key, Counter())[name] for name in accounts)) for key in kept}
-    return {key: one for key, one in kept.items() if key in moved}
+    assert history.ledger.balances == stage.balances()
 
 
 def play_on(stage: Any, rounds: int = 2) -> None:

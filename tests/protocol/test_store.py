@@ -67,16 +67,6 @@ def test_a_checkpoint_promises_its_chunks(url: str) -> None:
     assert store.get_checkpoint(bytes(32)) is None
 
 
-def test_a_dataset_is_a_folder_wherever_its_shards_are(url: str, tmp_path: Path) -> None:
-    store, shard = Store(url), b"tokens" * 100
-    store.put(content_hash(shard), shard)
-    folder = store.dataset_folder([content_hash(shard)], tmp_path / "cache")
-    assert (folder / content_hash(shard).hex()).read_bytes() == shard
-    if store.folder is None:
-        with pytest.raises(HashMismatchError, match="lost"):
-            store.dataset_folder([bytes(32)], tmp_path / "cache")
-
-
 @pytest.mark.parametrize("where", ["ftp://somewhere/else", "s3://swarm"])
 def test_a_store_that_cannot_be_opened_says_what_to_set(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")

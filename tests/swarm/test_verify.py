@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 pytestmark = pytest.mark.swarm
@@ -34,6 +35,30 @@ def drawn(run: Any) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     assert [one["drawn"] for one in found["rounds"]] == [True] * run.status()["rounds"]
     return found
+
+
+def earned_by_all_is_certified(run: Any, folder: Path) -> None:
+    """The log of a run that is over gives everybody's credit, twice; each can show its own to somebody else, offline."""
+    for seen_before in (False, True):
+        done = verify("log", run.url, "--json", "--data-dir", folder / "verifier")
+        assert done.returncode == 0, done.stdout + done.stderr
+        found = json.loads(done.stdout.splitlines()[-1])
+        assert (found["seen_before"] is not None) is seen_before
+    assert found["ended"] == "all rounds are done"
+    assert found["credit"]["pending"] == 0
+    base = f"{run.url}/v1/runs/{run.status()['run_id']}/contributors"
+    settled = 0
+    for one in httpx.get(base, timeout=10).json()["contributors"]:
+        certificate = folder / f"{one['name']}.json"
+        certificate.write_bytes(httpx.get(f"{base}/{one['peer']}/certificate", timeout=10).content)
+        done = verify("certificate", certificate, "--checkpoint", found["checkpoint"]["root"])
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert f"{one['settled']:,} megaflops" in done.stdout
+        settled += one["settled"]
+    assert settled == found["credit"]["settled"] > 0
+    done = verify("certificate", certificate, "--checkpoint", "00" * 32)
+    assert done.returncode == 1
+    assert done.stderr.startswith("swarm-node: the certificate is for checkpoint")
 
 
 def test_an_exact_run_is_verified_by_anyone_and_a_cheat_is_seen_by_all(start_run: Start, tmp_path: Path) -> None:
@@ -70,7 +95,7 @@ def test_an_exact_run_is_verified_by_anyone_and_a_cheat_is_seen_by_all(start_run
     assert "equal in all" in same.stdout
 
 
-def test_a_native_run_is_verified_while_its_nodes_keep_their_states(start_run: Start) -> None:
+def test_a_native_run_is_verified_while_its_nodes_keep_their_states(start_run: Start, tmp_path: Path) -> None:
     run = start_run(rounds=2, min_nodes=2)
     run.serve()
     for name in ("a", "b"):
@@ -78,6 +103,7 @@ def test_a_native_run_is_verified_while_its_nodes_keep_their_states(start_run: S
     run.ends()
     found = verify("run", run.url, "--sample", 2, "--json", "--threads", 1)
     assert drawn(run)["agree"]
+    earned_by_all_is_certified(run, tmp_path)
     # The nodes are gone: equal bits are all that could vouch for them, and on this machine they are equal.
     assert found.returncode == 0, found.stdout + found.stderr
     assert {one["outcome"] for one in replayed(found)} == {"accepted"}

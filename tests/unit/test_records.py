@@ -126,7 +126,7 @@ ONE_OF_EACH: dict[str, Record] = {
             reason="wrong average of part 5 in round 3",
         ),
         records.Equivocation(**NAME, first=b"one signed record", second=b"another one"),
-        records.Evaluation(**NAME, root=digest("root"), loss=5.5, tokens=8192),
+        records.Evaluation(**NAME, root=digest("root"), loss=5.5, tokens=8192, sample="All that is ‖ gold"),
         records.Receipt(**NAME, record=digest("record"), leaf_hash=digest("leaf")),
         records.LogHead(**NAME, root=digest("log")),
         records.Ban(**NAME, key=BOB.public_key, reason="spam"),
@@ -367,6 +367,7 @@ def changed(record_kind: str, **fields: object) -> bytes:
         ("verdict", {"reason": "x" * 501}),
         ("verdict", {"steps_replayed": 10_001}),
         ("evaluation", {"loss": -0.5}),
+        ("evaluation", {"sample": "x" * 2001}),
     ],
     ids=str,
 )

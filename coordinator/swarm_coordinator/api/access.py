@@ -1,27 +1,31 @@
-"""What routes share: the run that a path names, hashes in paths, waiting, and the media types of answers."""
+"""What routes share: the run that a path names, hashes in paths, waiting, caching, and the media types of answers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
 
-from fastapi import Depends, Path, Query, Request, Response
+from fastapi import APIRouter, Depends, Header, Path, Request, Response
 
+from swarm_coordinator.api.limits import waiting
 from swarm_coordinator.api.problems import documented
 from swarm_coordinator.db.archive import Archive
 from swarm_coordinator.service import Service
+from swarm_protocol.chunks import content_hash
 from swarm_protocol.errors import RefusedError
 from swarm_protocol.spec import RunSpec
 
 CBOR = "application/cbor"
 OCTETS = "application/octet-stream"
-MAX_WAIT_S = 30.0
+UNCHANGING = "public, max-age=31536000, immutable"
 
 T = TypeVar("T")
+Route = TypeVar("Route", bound=Callable[..., Any])
 
 Hash = Annotated[str, Path(pattern=r"^[0-9a-f]{64}$", description="32 bytes in lower-case hex")]
 RoundNumber = Annotated[int, Path(ge=0, lt=1 << 31)]
-Wait = Annotated[float, Query(ge=0, le=MAX_WAIT_S, description="how long to wait, in seconds, if it is not there yet")]
+Wait = Annotated[float, Depends(waiting)]
+IfNoneMatch = Annotated[str | None, Header(description="ETags of what the client has")]
 
 
 def the_run(request: Request, run_id: Annotated[str, Path(description="the run's id, in lower-case hex")]) -> Service:
@@ -43,7 +47,7 @@ TheRun = Annotated[Service, Depends(the_run)]
 
 
 def binary(
-    media_type: str, description: str, *problems: int, may_be_empty: bool = False
+    media_type: str, description: str, *problems: int, may_be_empty: bool = False, unchanging: bool = False
 ) -> dict[int | str, dict[str, Any]]:
     """The `responses` of a route that answers with bytes."""
     schema = {"type": "string", "format": "binary"}
@@ -53,6 +57,8 @@ def binary(
     }
     if may_be_empty:
         responses[204] = {"description": "not there within wait_s; ask again"}
+    if unchanging:
+        responses[304] = {"description": "the client has it, by its ETag"}
     return responses
 
 
@@ -71,9 +77,50 @@ def missing(what: str) -> RefusedError:
     return RefusedError(f"there is no {what} here", status=404, code="not-found")
 
 
+def get_and_head(router: APIRouter, path: str, **options: Any) -> Callable[[Route], Route]:
+    """A route that answers to GET, and to HEAD without the body."""
+
+    def add(route: Route) -> Route:
+        # One route answers, so that a refusal's Allow names both; two describe it, each with a name of its own.
+        router.add_api_route(path, route, methods=["GET", "HEAD"], include_in_schema=False, **options)
+        router.add_api_route(path, route, methods=["GET"], **options)
+        router.add_api_route(path, route, methods=["HEAD"], **options)
+        return route
+
+    return add
+
+
+def unchanging(content: bytes, if_none_match: str | None, digest: bytes, media_type: str = CBOR) -> Response:
+    """An answer that is the same for ever, under the ETag of its hash; 304 without it where the client has it."""
+    headers = {"etag": f'"{digest.hex()}"', "cache-control": UNCHANGING}
+    if has_it(if_none_match, digest):
+        return Response(status_code=304, headers=headers)
+    return Response(content, headers=headers, media_type=media_type)
+
+
+def has_it(if_none_match: str | None, digest: bytes) -> bool:
+    """Whether the client's If-None-Match (RFC 9110, section 13.1.2) names this hash."""
+    names = [name.strip().removeprefix("W/") for name in (if_none_match or "").split(",")]
+    return "*" in names or f'"{digest.hex()}"' in names
+
+
 async def polled(
     service: Service, topic: str, query: Callable[[Archive], bytes | None], wait_s: float, media_type: str = CBOR
 ) -> Response:
     """What a query finds that never changes once it is there, or 204 if it finds nothing within `wait_s`."""
     found = await service.lasting(topic, query, wait_s)
     return Response(status_code=204) if found is None else Response(found, media_type=media_type)
+
+
+async def polled_once(
+    service: Service,
+    topic: str,
+    query: Callable[[Archive], bytes | None],
+    wait_s: float,
+    if_none_match: str | None,
+) -> Response:
+    """As `polled`, where what is found once never changes."""
+    found = await service.poll(topic, query, wait_s)
+    if found is None:
+        return Response(status_code=204)
+    return unchanging(found, if_none_match, content_hash(found))

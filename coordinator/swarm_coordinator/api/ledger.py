@@ -24,7 +24,12 @@ DEFAULT_LIMIT = 100
 router = APIRouter(prefix="/v1/runs/{run_id}", tags=["credit"])
 
 Whose = Annotated[
-    str, Path(alias="peer", min_length=1, max_length=64, description="a PeerID, or the key in lower-case hex")
+    str,
+    Path(
+        alias="peer",
+        pattern=r"^([0-9a-f]{64}|12D3KooW[1-9A-HJ-NP-Za-km-z]{44})$",
+        description="a PeerID, or the key in lower-case hex",
+    ),
 ]
 After = Annotated[str | None, Query(pattern=r"^[0-9a-f]{64}$", description="the key after which to go on")]
 Megaflops = Annotated[int, Field(ge=0, description="millions of floating point operations")]
@@ -166,7 +171,7 @@ def _key(peer: str) -> bytes:
     try:
         return bytes.fromhex(peer) if len(peer) == 64 else public_key_of(peer)
     except (ValueError, InvalidDataError, OverflowError):
-        raise RefusedError(f"{peer} is neither a PeerID nor a key in hex", status=422, code="bad-peer") from None
+        raise RefusedError(f"{peer} is neither a PeerID nor a key in hex", status=404, code="bad-peer") from None
 
 
 def _contributor(row: NodeRow) -> Contributor:

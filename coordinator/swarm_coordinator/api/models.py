@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 
 from swarm_coordinator.rounds import Phase
 from swarm_protocol.records import Comparison, Outcome, SketchFault
 
-Hex = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="32 bytes in hex")]
-PeerID = Annotated[str, Field(description="libp2p PeerID", examples=["12D3KooW..."])]
+Hex = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="32 bytes in hex", examples=["6c1f" * 16])]
+PeerID = Annotated[
+    str, Field(description="libp2p PeerID", examples=["12D3KooWDpJ7As7BWAwRMfu1VU2WCqNjvq387JEYKDBj4kx6nXTN"])
+]
 
 
 class Health(BaseModel):
@@ -70,6 +72,7 @@ class EvaluationSummary(BaseModel):
     round: int = Field(description="the round that starts from the checkpoint")
     root: Hex
     loss: float = Field(description="held-out loss, nats per token")
+    sample: str | None = Field(description="what the model writes after a prompt, now and then: prompt ‖ continuation")
 
 
 class Comparisons(BaseModel):
@@ -129,13 +132,24 @@ class RunStatus(BaseModel):
     peers: list[str] = Field(description="multiaddrs of the peer plane's way in")
     checkpoint: CheckpointName = Field(description="the newest sealed one")
     parameters: int
-    nodes: list[NodeStatus]
+    registered: int = Field(description="how many identities ever registered; all of them are under /nodes")
+    nodes: list[NodeStatus] = Field(description="the 500 that were heard of last, in the order of registration")
     history: list[RoundSummary] = Field(description="sealed rounds, oldest first; the newest 500")
     evaluations: list[EvaluationSummary] = Field(description="by round; the newest 500")
     audits: AuditCounts = Field(description="of contributions")
     part_audits: OutcomeCounts = Field(description="of reducers' averages")
     rejected: list[Rejected] = Field(description="oldest first; the newest 500")
     equivocations: list[EquivocationSummary] = Field(description="proved ones, oldest first; the newest 500")
+
+
+class RoundPage(BaseModel):
+    rounds: list[RoundSummary] = Field(description="sealed ones, newest first")
+    next: int | None = Field(description="`before` of the next page; null if this is the last one", examples=[17])
+
+
+class NodePage(BaseModel):
+    nodes: list[NodeStatus] = Field(description="by key")
+    next: Hex | None = Field(description="`after` of the next page; null if this is the last one")
 
 
 class Place(BaseModel):
@@ -220,6 +234,32 @@ class VerdictDetail(BaseModel):
     reason: str
 
 
+class VerdictEntry(VerdictDetail):
+    leaf: int = Field(description="its place in the log")
+    hash: Hex = Field(description="of the signed record")
+    round: int
+
+
+class VerdictPage(BaseModel):
+    verdicts: list[VerdictEntry] = Field(description="in the order of the log")
+    next: int | None = Field(description="`after` of the next page; null if this is the last one", examples=[240])
+
+
+class LogEvent(BaseModel):
+    """The data of an event: a leaf of the log."""
+
+    leaf: int
+    kind: str = Field(examples=["commitment"])
+    round: int
+    sequence: int
+    signer: PeerID
+    hash: Hex
+    record: dict[str, Any] = Field(
+        description="the record's other fields; a list is `{count: ...}`, long bytes are `{size_bytes: ...}`",
+        examples=[{"slot": 2, "tokens": 2048, "train_loss": 5.25}],
+    )
+
+
 class RoundDetail(BaseModel):
     round: int
     base: Hex
@@ -230,3 +270,4 @@ class RoundDetail(BaseModel):
     roster: list[SlotDetail]
     part_records: list[PartRecordDetail]
     verdicts: list[VerdictDetail]
+    evaluation: EvaluationSummary | None = Field(description="of the checkpoint that the round starts from")

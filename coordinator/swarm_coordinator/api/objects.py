@@ -7,10 +7,21 @@ import re
 from collections.abc import AsyncIterator
 from typing import Annotated
 
-from fastapi import APIRouter, Header, Response
+from fastapi import APIRouter, Header, Request, Response
 from fastapi.responses import StreamingResponse
 
-from swarm_coordinator.api.access import OCTETS, Hash, TheRun, binary, missing
+from swarm_coordinator.api.access import (
+    OCTETS,
+    UNCHANGING,
+    Hash,
+    IfNoneMatch,
+    TheRun,
+    binary,
+    get_and_head,
+    has_it,
+    missing,
+    unchanging,
+)
 from swarm_coordinator.api.models import CheckpointName
 from swarm_coordinator.api.problems import documented, problem
 from swarm_coordinator.api.status import newest_checkpoint
@@ -26,36 +37,39 @@ async def latest_checkpoint(run: TheRun) -> CheckpointName:
     return await run.read(lambda archive: newest_checkpoint(run.spec, archive))
 
 
-@router.get(
+@get_and_head(
+    router,
     "/checkpoints/{root}",
     summary="The chunk hashes of a checkpoint",
     response_class=Response,
-    responses=binary(OCTETS, "an encoded StateManifest, whose root is the one asked for"),
+    responses=binary(OCTETS, "an encoded StateManifest, whose root is the one asked for", unchanging=True),
 )
-async def checkpoint(run: TheRun, root: Hash) -> Response:
+async def checkpoint(run: TheRun, root: Hash, if_none_match: IfNoneMatch = None) -> Response:
     manifest = await asyncio.to_thread(run.store.get_checkpoint, bytes.fromhex(root))
     if manifest is None:
         raise missing(f"checkpoint {root}")
-    return Response(manifest, media_type=OCTETS)
+    return unchanging(manifest, if_none_match, bytes.fromhex(root), OCTETS)
 
 
-@router.get(
+@get_and_head(
+    router,
     "/chunks/{digest}",
     summary="A blob, by its BLAKE3 hash",
     description="A chunk of a checkpoint, a data shard, the dataset's manifest, or the average of a part. It never changes. "
-    "One range of bytes may be asked for.",
+    "One range of bytes may be asked for; of several, all is sent.",
     response_class=Response,
     responses={
-        **binary(OCTETS, "the whole blob", 416),
+        **binary(OCTETS, "the whole blob", 416, unchanging=True),
         206: {"description": "the range", "content": {OCTETS: {"schema": {"type": "string", "format": "binary"}}}},
-        304: {"description": "the blob with this ETag is the blob"},
     },
 )
 async def chunk(
+    request: Request,
     run: TheRun,
     digest: Hash,
     range_: Annotated[str | None, Header(alias="range")] = None,
-    if_none_match: Annotated[str | None, Header()] = None,
+    if_range: Annotated[str | None, Header(description="the ETag for which the range is meant")] = None,
+    if_none_match: IfNoneMatch = None,
 ) -> Response:
     name = bytes.fromhex(digest)
     size_bytes = await asyncio.to_thread(run.store.size_bytes, name)
@@ -63,11 +77,13 @@ async def chunk(
         raise missing(f"blob {digest}")
     headers = {
         "etag": f'"{digest}"',
-        "cache-control": "public, max-age=31536000, immutable",
+        "cache-control": UNCHANGING,
         "accept-ranges": "bytes",
     }
-    if if_none_match is not None and headers["etag"] in if_none_match:
+    if has_it(if_none_match, name):
         return Response(status_code=304, headers=headers)
+    if if_range is not None and if_range != headers["etag"]:
+        range_ = None
     start, end = _range(range_, size_bytes)
     if start >= end and range_ is not None:
         return problem(
@@ -77,9 +93,10 @@ async def chunk(
     if partial:
         headers["content-range"] = f"bytes {start}-{end - 1}/{size_bytes}"
     headers["content-length"] = str(end - start)
-    return StreamingResponse(
-        _pieces(run.store, name, start, end), 206 if partial else 200, headers=headers, media_type=OCTETS
-    )
+    status = 206 if partial else 200
+    if request.method == "HEAD":
+        return Response(None, status, headers, OCTETS)
+    return StreamingResponse(_pieces(run.store, name, start, end), status, headers, OCTETS)
 
 
 async def _pieces(store: Store, digest: bytes, start: int, end: int) -> AsyncIterator[bytes]:
@@ -103,4 +120,6 @@ def _range(header: str | None, size_bytes: int) -> tuple[int, int]:
     first, last = match.groups()
     if not first:
         return max(0, size_bytes - int(last)), size_bytes
+    if last and int(last) < int(first):
+        return 0, size_bytes
     return int(first), min(int(last) + 1, size_bytes) if last else size_bytes

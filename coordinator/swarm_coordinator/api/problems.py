@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import logging
+import math
 from http import HTTPStatus
 from typing import Any
 
@@ -14,9 +13,10 @@ from starlette.exceptions import HTTPException
 
 from swarm_protocol.errors import InvalidDataError, RefusedError, SignatureError
 
-log = logging.getLogger(__name__)
-
 MEDIA_TYPE = "application/problem+json"
+CODES = {404: "not-found", 405: "method-not-allowed", 413: "too-long"}
+ANYWHERE = (429, 500, 503)
+"""What any route may answer."""
 
 
 class Problem(BaseModel):
@@ -27,6 +27,24 @@ class Problem(BaseModel):
     status: int = Field(examples=[409])
     detail: str = Field(description="what is wrong, and what to do about it")
     code: str = Field(description="the last word of `type`, for programs", examples=["closed"])
+
+
+class LimitedError(RefusedError):
+    """Refused without a look at what was sent: too much, too slow, too often. `close` ends the connection."""
+
+    def __init__(
+        self, reason: str, *, status: int, code: str, retry_after_s: float | None = None, close: bool = False
+    ) -> None:
+        super().__init__(reason, status=status, code=code)
+        self.headers = {} if retry_after_s is None else {"retry-after": str(max(1, math.ceil(retry_after_s)))}
+        if close:
+            self.headers["connection"] = "close"
+
+
+def answer(error: RefusedError) -> Response:
+    """A refusal as a response."""
+    headers = error.headers if isinstance(error, LimitedError) else None
+    return problem(error.status or 400, error.code, error.reason, headers)
 
 
 def problem(status: int, code: str, detail: str, headers: dict[str, str] | None = None) -> Response:
@@ -47,11 +65,11 @@ def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def install(app: FastAPI) -> None:
-    """Answer every error of the app with a problem, and describe it in its OpenAPI document."""
+    """Answer every error of the app with a problem. Faults are the business of `watching`."""
 
     @app.exception_handler(RefusedError)
     async def refused(_: Request, error: RefusedError) -> Response:
-        return problem(error.status or 400, error.code, error.reason)
+        return answer(error)
 
     @app.exception_handler(InvalidDataError)
     async def invalid(_: Request, error: InvalidDataError) -> Response:
@@ -67,19 +85,9 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def known(_: Request, error: HTTPException) -> Response:
         headers = dict(error.headers) if error.headers else None
-        return problem(error.status_code, "not-found" if error.status_code == 404 else "http", error.detail, headers)
+        return problem(error.status_code, CODES.get(error.status_code, "http"), error.detail, headers)
 
-    @app.exception_handler(Exception)
-    async def internal(request: Request, error: Exception) -> Response:
-        log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-        return problem(500, "internal", "the coordinator has a fault; its log says more. Try again later")
 
-    describe = app.openapi
-
-    def openapi() -> dict[str, Any]:
-        document = describe()
-        schema = Problem.model_json_schema()
-        document.setdefault("components", {}).setdefault("schemas", {})["Problem"] = json.loads(json.dumps(schema))
-        return document
-
-    app.openapi = openapi  # type: ignore[method-assign]
+def internal() -> Response:
+    """The answer where the coordinator has a fault."""
+    return problem(500, "internal", "the coordinator has a fault; its log says more. Try again later")

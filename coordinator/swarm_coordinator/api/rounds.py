@@ -7,15 +7,25 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Response
 
 from swarm_coordinator.admission import finished
-from swarm_coordinator.api.access import CBOR, RoundNumber, TheRun, Wait, binary, check_round, missing, polled
+from swarm_coordinator.api.access import (
+    CBOR,
+    IfNoneMatch,
+    RoundNumber,
+    TheRun,
+    Wait,
+    binary,
+    check_round,
+    missing,
+    polled,
+    polled_once,
+)
 from swarm_coordinator.api.models import OpenAudit, RoundDetail
 from swarm_coordinator.api.problems import documented
-from swarm_coordinator.api.status import audited_part, drawn_segments, round_detail
+from swarm_coordinator.api.status import open_audit, round_detail
 from swarm_coordinator.db.archive import Archive, opened
 from swarm_coordinator.rounds import Phase
 from swarm_protocol import encoding
 from swarm_protocol.errors import RefusedError
-from swarm_protocol.policy import whose_turn
 from swarm_protocol.records import (
     Appointment,
     BeaconReveal,
@@ -38,9 +48,9 @@ router = APIRouter(prefix="/v1/runs/{run_id}")
     summary="A round's plan",
     description="Waits until it is published. 410 with the code `run-finished` for the round after the last one.",
     response_class=Response,
-    responses=binary(CBOR, "the encoded Envelope of a RoundPlan", 410, may_be_empty=True),
+    responses=binary(CBOR, "the encoded Envelope of a RoundPlan", 410, may_be_empty=True, unchanging=True),
 )
-async def plan(run: TheRun, number: RoundNumber, wait_s: Wait = 0.0) -> Response:
+async def plan(run: TheRun, number: RoundNumber, wait_s: Wait, if_none_match: IfNoneMatch = None) -> Response:
     if number != run.spec.rounds.count:
         check_round(run.spec, number)
 
@@ -50,7 +60,7 @@ async def plan(run: TheRun, number: RoundNumber, wait_s: Wait = 0.0) -> Response
         row = archive.round(number)
         return None if row is None else _envelope(archive, row.plan)
 
-    return await polled(run, f"plan:{number}", query, wait_s)
+    return await polled_once(run, f"plan:{number}", query, wait_s, if_none_match)
 
 
 @router.get(
@@ -59,9 +69,9 @@ async def plan(run: TheRun, number: RoundNumber, wait_s: Wait = 0.0) -> Response
     summary="The contributions that count in a round",
     description="Waits until they are closed. The first is the CommitmentSet, then come the Commitments in slot order.",
     response_class=Response,
-    responses=binary(CBOR, "a list of encoded Envelopes", may_be_empty=True),
+    responses=binary(CBOR, "a list of encoded Envelopes", may_be_empty=True, unchanging=True),
 )
-async def commitments(run: TheRun, number: RoundNumber, wait_s: Wait = 0.0) -> Response:
+async def commitments(run: TheRun, number: RoundNumber, wait_s: Wait, if_none_match: IfNoneMatch = None) -> Response:
     check_round(run.spec, number)
 
     def query(archive: Archive) -> bytes | None:
@@ -71,7 +81,7 @@ async def commitments(run: TheRun, number: RoundNumber, wait_s: Wait = 0.0) -> R
         closing = archive.stored(CommitmentSet, row.commitment_set)
         return _list(archive, [row.commitment_set, *(entry.hash for entry in closing.commitments)])
 
-    return await polled(run, f"commitments:{number}", query, wait_s)
+    return await polled_once(run, f"commitments:{number}", query, wait_s, if_none_match)
 
 
 @router.get(
@@ -84,7 +94,7 @@ async def commitments(run: TheRun, number: RoundNumber, wait_s: Wait = 0.0) -> R
     responses=binary(CBOR, "a list of encoded Envelopes", may_be_empty=True),
 )
 async def part_records(
-    run: TheRun, number: RoundNumber, wait_s: Wait = 0.0, after: Annotated[int, Query(ge=0)] = 0
+    run: TheRun, number: RoundNumber, wait_s: Wait, after: Annotated[int, Query(ge=0)] = 0
 ) -> Response:
     check_round(run.spec, number)
 
@@ -108,9 +118,7 @@ async def part_records(
     response_class=Response,
     responses=binary(CBOR, "a list of encoded Envelopes", may_be_empty=True),
 )
-async def sketches(
-    run: TheRun, number: RoundNumber, wait_s: Wait = 0.0, after: Annotated[int, Query(ge=0)] = 0
-) -> Response:
+async def sketches(run: TheRun, number: RoundNumber, wait_s: Wait, after: Annotated[int, Query(ge=0)] = 0) -> Response:
     check_round(run.spec, number)
 
     def query(archive: Archive) -> list[Envelope] | None:
@@ -130,7 +138,7 @@ async def sketches(
     response_class=Response,
     responses=binary(CBOR, "a list of encoded Envelopes", may_be_empty=True),
 )
-async def sketch_set(run: TheRun, number: RoundNumber, wait_s: Wait = 0.0) -> Response:
+async def sketch_set(run: TheRun, number: RoundNumber, wait_s: Wait) -> Response:
     check_round(run.spec, number)
 
     def query(archive: Archive) -> bytes | None:
@@ -154,7 +162,7 @@ async def sketch_set(run: TheRun, number: RoundNumber, wait_s: Wait = 0.0) -> Re
     response_class=Response,
     responses=binary(CBOR, "a list of hashes or nulls", may_be_empty=True),
 )
-async def sealing(run: TheRun, number: RoundNumber, wait_s: Wait = 0.0) -> Response:
+async def sealing(run: TheRun, number: RoundNumber, wait_s: Wait) -> Response:
     check_round(run.spec, number)
 
     def query(archive: Archive) -> bytes | None:
@@ -171,9 +179,9 @@ async def sealing(run: TheRun, number: RoundNumber, wait_s: Wait = 0.0) -> Respo
     description="Waits until the round is sealed. The first is the RoundManifest, then come the PartRecords that it names, "
     "each once, in part order.",
     response_class=Response,
-    responses=binary(CBOR, "a list of encoded Envelopes", may_be_empty=True),
+    responses=binary(CBOR, "a list of encoded Envelopes", may_be_empty=True, unchanging=True),
 )
-async def manifest(run: TheRun, number: RoundNumber, wait_s: Wait = 0.0) -> Response:
+async def manifest(run: TheRun, number: RoundNumber, wait_s: Wait, if_none_match: IfNoneMatch = None) -> Response:
     check_round(run.spec, number)
 
     def query(archive: Archive) -> bytes | None:
@@ -184,7 +192,7 @@ async def manifest(run: TheRun, number: RoundNumber, wait_s: Wait = 0.0) -> Resp
         assert isinstance(parts, list)
         return _list(archive, [row.manifest, *dict.fromkeys(name for name in parts if isinstance(name, bytes))])
 
-    return await polled(run, f"manifest:{number}", query, wait_s)
+    return await polled_once(run, f"manifest:{number}", query, wait_s, if_none_match)
 
 
 @router.get(
@@ -193,16 +201,16 @@ async def manifest(run: TheRun, number: RoundNumber, wait_s: Wait = 0.0) -> Resp
     summary="A round's beacon value",
     description="Waits until it is revealed. With it anybody repeats the audit draw.",
     response_class=Response,
-    responses=binary(CBOR, "the encoded Envelope of a BeaconReveal", may_be_empty=True),
+    responses=binary(CBOR, "the encoded Envelope of a BeaconReveal", may_be_empty=True, unchanging=True),
 )
-async def beacon(run: TheRun, number: RoundNumber, wait_s: Wait = 0.0) -> Response:
+async def beacon(run: TheRun, number: RoundNumber, wait_s: Wait, if_none_match: IfNoneMatch = None) -> Response:
     check_round(run.spec, number)
 
     def query(archive: Archive) -> bytes | None:
         rows = archive.of_round(BeaconReveal.kind, number)
         return rows[0].envelope if rows else None
 
-    return await polled(run, f"beacon:{number}", query, wait_s)
+    return await polled_once(run, f"beacon:{number}", query, wait_s, if_none_match)
 
 
 @router.get(
@@ -229,23 +237,12 @@ async def detail(run: TheRun, number: RoundNumber) -> RoundDetail:
 async def audits(
     run: TheRun,
     auditor: Annotated[str, Query(pattern=r"^[0-9a-f]{64}$", description="the auditor's key, in hex")],
-    wait_s: Wait = 0.0,
+    wait_s: Wait,
 ) -> list[OpenAudit]:
     def query(archive: Archive) -> list[OpenAudit] | None:
         auditors = archive.offices(Role.AUDITOR)
-        return [
-            OpenAudit(
-                round=row.round,
-                slot=row.slot,
-                part=audited_part(row),
-                peer=row.peer.hex(),
-                audited=row.audited.hex(),
-                segments=drawn_segments(row),
-                verdicts=count,
-                turn=whose_turn(row.audited, set(auditors) - {row.peer}, archive.verdicts(row)).hex(),
-            )
-            for row, count in archive.open_audits(bytes.fromhex(auditor))
-        ] or None
+        wanted = archive.open_audits(bytes.fromhex(auditor))
+        return [open_audit(row, auditors, archive.verdicts(row)) for row, _ in wanted] or None
 
     return await run.poll("audits", query, wait_s) or []
 

@@ -1,18 +1,17 @@
-"""Routes about the run as a whole: its spec, its status, its records, its log."""
+"""Routes about the run as a whole: its spec, its status, a record by its hash, its log."""
 
 from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 
-from swarm_coordinator.api.access import CBOR, Hash, TheRun, binary, missing
-from swarm_coordinator.api.models import Health, LogHead, LogProof, ReceiptModel, RunStatus, RunSummary
+from swarm_coordinator.api.access import CBOR, Hash, IfNoneMatch, TheRun, binary, get_and_head, missing, unchanging
+from swarm_coordinator.api.models import LogHead, LogProof, RunStatus, RunSummary
 from swarm_coordinator.api.problems import documented
 from swarm_coordinator.api.status import run_status, run_summary
 from swarm_coordinator.service import Service
-from swarm_protocol.errors import RefusedError
-from swarm_protocol.records import MAX_RECORD_BYTES, Envelope, encode_list
+from swarm_protocol.records import Envelope, encode_list
 
 MAX_ENTRIES = 256
 MAX_ENTRIES_BYTES = 8 << 20
@@ -20,11 +19,6 @@ MAX_ENTRIES_BYTES = 8 << 20
 LogSize = Annotated[int, Query(ge=0, lt=1 << 62)]
 
 router = APIRouter()
-
-
-@router.get("/healthz", tags=["health"], summary="Is the coordinator up?")
-async def health() -> Health:
-    return Health()
 
 
 @router.get("/v1/runs", tags=["runs"], summary="The runs that are served here")
@@ -39,57 +33,32 @@ async def status(run: TheRun) -> RunStatus:
     return await run.read(lambda archive: run_status(run.spec, run.state, archive))
 
 
-@router.get(
+@get_and_head(
+    router,
     "/v1/runs/{run_id}/spec",
     tags=["runs"],
     summary="The RunSpec",
     description="Canonical bytes, whose hash is the run id.",
     response_class=Response,
-    responses=binary(CBOR, "the canonical bytes of the spec"),
+    responses=binary(CBOR, "the canonical bytes of the spec", unchanging=True),
 )
-async def spec(run: TheRun) -> Response:
-    return Response(run.spec.encode(), media_type=CBOR)
+async def spec(run: TheRun, if_none_match: IfNoneMatch = None) -> Response:
+    return unchanging(run.spec.encode(), if_none_match, run.spec.run_id)
 
 
-@router.post(
-    "/v1/runs/{run_id}/records",
-    tags=["records"],
-    summary="Hand in a signed record",
-    description="An encoded Envelope of at most 1 MiB. 201 for a new record; 200, with the same receipt, for one that was "
-    "accepted before; 409 with the code `equivocation` for another one under the same name. Heartbeats are not kept, and are "
-    "always new. A registration carries the "
-    "run's token, if it has one, as a bearer token.",
-    status_code=201,
-    responses={
-        200: {"model": ReceiptModel, "description": "It had been accepted before"},
-        **documented(400, 401, 403, 404, 409, 410, 413, 422, 426),
-    },
-    openapi_extra={
-        "requestBody": {"required": True, "content": {CBOR: {"schema": {"type": "string", "format": "binary"}}}}
-    },
-)
-async def submit(
-    run: TheRun, request: Request, response: Response, authorization: Annotated[str | None, Header()] = None
-) -> ReceiptModel:
-    scheme, _, token = (authorization or "").partition(" ")
-    receipt = await run.submit(await _bounded_body(request), token.strip() if scheme.lower() == "bearer" else None)
-    response.status_code = 201 if receipt.new else 200
-    signed = None if receipt.signed is None else receipt.signed.hex()
-    return ReceiptModel(hash=receipt.hash.hex(), kind=receipt.kind, leaf=receipt.leaf, receipt=signed)
-
-
-@router.get(
+@get_and_head(
+    router,
     "/v1/runs/{run_id}/records/{digest}",
     tags=["records"],
     summary="A signed record, by its hash",
     response_class=Response,
-    responses=binary(CBOR, "the encoded Envelope"),
+    responses=binary(CBOR, "the encoded Envelope", unchanging=True),
 )
-async def record(run: TheRun, digest: Hash) -> Response:
+async def record(run: TheRun, digest: Hash, if_none_match: IfNoneMatch = None) -> Response:
     found = await run.read(lambda archive: archive.by_hash(bytes.fromhex(digest)))
     if found is None:
         raise missing(f"record {digest}")
-    return Response(found.envelope, media_type=CBOR)
+    return unchanging(found.envelope, if_none_match, found.hash)
 
 
 @router.get(
@@ -150,17 +119,3 @@ async def log_entries(
             break
         envelopes.append(Envelope.decode(row.envelope))
     return Response(encode_list(envelopes), media_type=CBOR)
-
-
-async def _bounded_body(request: Request) -> bytes:
-    """The request's body, never more of it than a record may have."""
-    too_long = RefusedError(f"a record has at most {MAX_RECORD_BYTES} bytes", status=413, code="too-long")
-    declared = request.headers.get("content-length", "0")
-    if not declared.isdigit() or int(declared) > MAX_RECORD_BYTES:
-        raise too_long
-    body = bytearray()
-    async for piece in request.stream():
-        body += piece
-        if len(body) > MAX_RECORD_BYTES:
-            raise too_long
-    return bytes(body)

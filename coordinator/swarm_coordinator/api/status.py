@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
-from swarm_coordinator import recovery
+from sqlalchemy import func, select
+
+from swarm_coordinator import evaluations, recovery
 from swarm_coordinator.api.models import (
     AuditCounts,
     CheckpointName,
@@ -13,6 +16,7 @@ from swarm_coordinator.api.models import (
     EquivocationSummary,
     EvaluationSummary,
     NodeStatus,
+    OpenAudit,
     OutcomeCounts,
     PartRecordDetail,
     Rejected,
@@ -24,10 +28,11 @@ from swarm_coordinator.api.models import (
     VerdictDetail,
 )
 from swarm_coordinator.db.archive import Archive, opened
-from swarm_coordinator.db.tables import CONTRIBUTION, MOOT, AuditRow, RoundRow, VerdictRow
+from swarm_coordinator.db.tables import CONTRIBUTION, MOOT, AuditRow, EvaluationRow, NodeRow, RoundRow, VerdictRow
 from swarm_coordinator.rounds import State
 from swarm_protocol import encoding
 from swarm_protocol.identity import peer_id
+from swarm_protocol.policy import whose_turn
 from swarm_protocol.records import (
     Addresses,
     Commitment,
@@ -35,7 +40,6 @@ from swarm_protocol.records import (
     Comparison,
     Envelope,
     Equivocation,
-    Evaluation,
     Outcome,
     PartRecord,
     RoundPlan,
@@ -77,8 +81,9 @@ def run_status(spec: RunSpec, state: State, archive: Archive) -> RunStatus:
         peers=_peers(archive),
         checkpoint=newest_checkpoint(spec, archive),
         parameters=spec.model.num_parameters,
+        registered=_registered(archive),
         nodes=_nodes(spec, archive),
-        history=[_round_summary(row, state.policy.parts) for row in archive.rounds(MAX_ITEMS)],
+        history=[round_summary(row, state.policy.parts) for row in archive.rounds(MAX_ITEMS)],
         evaluations=_evaluations(archive),
         audits=_audits(archive),
         part_audits=_outcomes(archive.count_audits(averages=True)),
@@ -122,6 +127,7 @@ def round_detail(archive: Archive, number: int) -> RoundDetail | None:
             )
             for verdict in archive.round_verdicts(number)
         ],
+        evaluation=_evaluation(evaluations.of_round(archive.session, archive.run, number)),
     )
 
 
@@ -144,7 +150,17 @@ def drawn_segments(row: AuditRow) -> list[int]:
 
 
 def _nodes(spec: RunSpec, archive: Archive) -> list[NodeStatus]:
-    pending = archive.pending_audits()
+    newest = select(NodeRow).filter_by(run=archive.run).order_by(NodeRow.last_seen_ms.desc(), NodeRow.key)
+    rows = archive.session.scalars(newest.limit(MAX_ITEMS)).all()
+    return node_statuses(spec, archive, sorted(rows, key=lambda row: (row.registered_ms, row.key)))
+
+
+def node_statuses(spec: RunSpec, archive: Archive, rows: Sequence[NodeRow]) -> list[NodeStatus]:
+    """Identities as people read of them."""
+    keys = [row.key for row in rows]
+    waiting = select(AuditRow.peer, func.count()).where(AuditRow.run == archive.run, AuditRow.outcome.is_(None))
+    waiting = waiting.where(AuditRow.peer.in_(keys)).group_by(AuditRow.peer)
+    pending: dict[bytes, int] = dict(archive.session.execute(waiting).all())
     return [
         NodeStatus(
             peer=peer_id(row.key),
@@ -160,11 +176,25 @@ def _nodes(spec: RunSpec, archive: Archive) -> list[NodeStatus]:
             probation=row.vouched_tokens // spec.standard_tokens < spec.audit.probation,
             credit=Credit(pending=row.pending, settled=row.settled, forfeited=row.forfeited),
         )
-        for row in archive.nodes()
+        for row in rows
     ]
 
 
-def _round_summary(row: RoundRow, parts: int) -> RoundSummary:
+def open_audit(row: AuditRow, auditors: Iterable[bytes], verdicts: Mapping[bytes, Outcome]) -> OpenAudit:
+    """An audit without an outcome, and whose turn it is."""
+    return OpenAudit(
+        round=row.round,
+        slot=row.slot,
+        part=audited_part(row),
+        peer=row.peer.hex(),
+        audited=row.audited.hex(),
+        segments=drawn_segments(row),
+        verdicts=len(verdicts),
+        turn=whose_turn(row.audited, set(auditors) - {row.peer}, verdicts).hex(),
+    )
+
+
+def round_summary(row: RoundRow, parts: int) -> RoundSummary:
     assert row.root is not None
     return RoundSummary(
         round=row.round,
@@ -176,13 +206,19 @@ def _round_summary(row: RoundRow, parts: int) -> RoundSummary:
     )
 
 
+def _registered(archive: Archive) -> int:
+    return archive.session.scalar(select(func.count()).select_from(NodeRow).filter_by(run=archive.run)) or 0
+
+
+def _evaluation(row: EvaluationRow | None) -> EvaluationSummary | None:
+    if row is None:
+        return None
+    return EvaluationSummary(round=row.round, root=row.root.hex(), loss=row.loss, sample=row.sample)
+
+
 def _evaluations(archive: Archive) -> list[EvaluationSummary]:
-    newest: dict[int, EvaluationSummary] = {}
-    for row in archive.newest(Evaluation.kind, MAX_ITEMS):
-        record = opened(row)
-        if isinstance(record, Evaluation) and record.round not in newest:
-            newest[record.round] = EvaluationSummary(round=record.round, root=record.root.hex(), loss=record.loss)
-    return [newest[number] for number in sorted(newest)]
+    rows = evaluations.newest(archive.session, archive.run, MAX_ITEMS)
+    return [one for one in map(_evaluation, rows) if one is not None]
 
 
 def _audits(archive: Archive) -> AuditCounts:

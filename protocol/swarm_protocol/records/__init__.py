@@ -54,6 +54,7 @@ from swarm_protocol.records.ledger import (
     RunEnd,
 )
 from swarm_protocol.records.rounds import (
+    MAX_SAMPLE_CHARACTERS,
     Addresses,
     Appointment,
     CheckpointReport,
@@ -84,6 +85,7 @@ __all__ = [
     "MAX_PARTS",
     "MAX_PROOF_BYTES",
     "MAX_RECORD_BYTES",
+    "MAX_SAMPLE_CHARACTERS",
     "MAX_SLOTS",
     "Addresses",
     "Appointment",

@@ -21,6 +21,8 @@ from swarm_protocol.records.base import (
     SlotHash,
 )
 
+MAX_SAMPLE_CHARACTERS = 2000
+
 
 class Registration(Record):
     """A node introduces itself. What it earns from now on counts for `team` as well; empty for none."""
@@ -156,9 +158,13 @@ class RoundManifest(Record):
 
 
 class Evaluation(Record):
-    """Held-out loss of the checkpoint that round `round` starts from. Informative: this number is in the tolerant domain."""
+    """Held-out loss of the checkpoint that round `round` starts from. Informative: this number is in the tolerant domain.
+
+    `sample` is what the model writes after a prompt of held-out text, now and then: prompt, " ‖ ", continuation.
+    """
 
     kind: ClassVar[str] = "evaluation"
     root: Bytes32
     loss: Annotated[float, Field(ge=0, allow_inf_nan=False, description="nats per token")]
     tokens: Annotated[int, Field(ge=1, lt=1 << 53)]
+    sample: Annotated[str, Field(max_length=MAX_SAMPLE_CHARACTERS)] | None = None

@@ -24,8 +24,11 @@ GRACE_S = 3.0
 _running: set[asyncio.subprocess.Process] = set()
 
 
-async def supervise(name: str, command: Sequence[str]) -> None:
-    """Keep a child running until cancelled, with growing pauses between crashes; then end it and everything it started."""
+async def supervise(name: str, command: Sequence[str], *, once: bool = False) -> None:
+    """Keep a child running until cancelled, with growing pauses between crashes; then end it and everything it started.
+
+    With `once` a child that ends well has done its work, and is not started again.
+    """
     loop = asyncio.get_running_loop()
     pause_s = FIRST_PAUSE_S
     while True:
@@ -37,6 +40,8 @@ async def supervise(name: str, command: Sequence[str]) -> None:
         finally:
             await _end(process)
             _running.discard(process)
+        if once and code == 0:
+            return
         pause_s = FIRST_PAUSE_S if loop.time() - started_s > HEALTHY_S else pause_s
         log.warning("the %s ended with exit code %d and is started again in %.1f s", name, code, pause_s)
         await asyncio.sleep(pause_s)

@@ -18,6 +18,7 @@ from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -239,6 +240,22 @@ def test_a_run_is_served_with_tls(make_cast: MakeCast, tmp_path: Path) -> None:
         assert process.wait(10) == 0
     key.write_text("no key")
     assert "cannot be used" in command("serve", cast.home.root, *options, "--no-workers", "--port", "0", status=2)
+
+
+@pytest.mark.parametrize(("proxies", "last", "metrics"), [('["127.0.0.1"]', 429, 403), ("[]", 200, 200)])
+def test_a_proxy_is_believed_where_the_configuration_names_it(
+    make_cast: MakeCast, proxies: str, last: int, metrics: int
+) -> None:
+    home = make_cast().home
+    home.config_file.write_text(
+        f"[server]\nbehind_proxy = {proxies}\n[limits]\naddress_per_s = 0.01\naddress_burst = 2\n"
+    )
+    with served(home.root) as (process, url):
+        told = [httpx.get(f"{url}/v1/runs", headers={"x-forwarded-for": "192.0.2.1"}).status_code for _ in range(3)]
+        assert told == [200, 200, last]
+        assert httpx.get(f"{url}/metrics", headers={"x-forwarded-for": "192.0.2.2"}).status_code == metrics
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 0
 
 
 def self_signed(folder: Path) -> tuple[Path, Path]:

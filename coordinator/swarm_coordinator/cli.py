@@ -158,7 +158,7 @@ def serve(
     os.environ[LOG_FORMAT] = config.log.format  # for the workers that we start
     logs.configure(config.log)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(serving(directory, config.server, workers=not no_workers))
+        runner.run(serving(directory, config, workers=not no_workers))
 
 
 @app.command(hidden=True)

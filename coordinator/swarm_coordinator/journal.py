@@ -306,8 +306,7 @@ class Journal:
         size = self.log.size
         try:
             with Session(self._engine) as session, session.begin():
-                if self._recovery is None:
-                    self._drive(session, now_ms)
+                self._drive(session, now_ms if self._recovery is None else self._alive_ms)
                 entry = Entry(session, self._office, self.state, self.log, self._seq, now_ms)
                 yield entry
                 entry.finish()

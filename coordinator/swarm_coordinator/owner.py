@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import select, update
 from sqlalchemy.engine import Engine
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
@@ -43,6 +43,9 @@ def transaction(home: RunDirectory) -> Iterator[tuple[Session, bytes]]:
     engine = open_database(home.database_url())
     try:
         with Session(engine) as session, session.begin():
+            if engine.dialect.name == "sqlite":
+                # Whoever reads first may not write any more once the coordinator has written: the lock comes first.
+                session.execute(update(RunRow).where(RunRow.id == spec.run_id).values(spec=RunRow.spec))
             if session.get(RunRow, spec.run_id) is None:
                 now = now_ms()
                 session.add(RunRow(id=spec.run_id, spec=spec.encode(), created_ms=now, alive_ms=now))

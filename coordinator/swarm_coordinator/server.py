@@ -1,7 +1,7 @@
 """`swarm-coordinator serve`: the API, the run's clock and the run owner's workers, from start to a clean end.
 
-The first SIGINT or SIGTERM answers what waits, ends the workers and exits with 0. The second exits at once, with 130: what
-was acknowledged is on disk already, and the kernel ends the workers.
+The first SIGINT or SIGTERM answers what waits, asks the workers to end, and exits with 0. The second kills them and exits at
+once, with 130: what was acknowledged is on disk already.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ import uvicorn
 from fastapi import FastAPI
 
 from swarm_coordinator import config
+from swarm_coordinator.api.limits import Limits
 from swarm_coordinator.app import create_app
 from swarm_coordinator.run_directory import RunDirectory
 from swarm_coordinator.service import Service, offices, open_service
-from swarm_coordinator.supervisor import supervise
+from swarm_coordinator.supervisor import kill_all, supervise
 from swarm_protocol.errors import ConfigurationError
 from swarm_protocol.records import Role
 
@@ -39,7 +40,7 @@ FAILURE_S = 0.25
 LOCK_S = 0.5
 
 
-async def serve(directory: Path, serving: config.Server, *, workers: bool) -> None:
+async def serve(directory: Path, settings: config.CoordinatorConfig, *, workers: bool) -> None:
     """Serve the run in a directory until SIGINT or SIGTERM.
 
     Raises:
@@ -47,14 +48,15 @@ async def serve(directory: Path, serving: config.Server, *, workers: bool) -> No
             or nodes hold what was signed after the backup that the run was restored from.
     """
     home = RunDirectory(directory)
-    spec = home.spec()
+    spec, serving = home.spec(), settings.server
     secure = serving.tls_certificate is not None
     with contextlib.ExitStack() as stack:
         stack.enter_context(_only_one(home))
         listener = stack.enter_context(contextlib.closing(_listen(serving.host, serving.port)))
         url = _url("https" if secure else "http", serving.host, listener.getsockname()[1])
         async with open_service(home) as service:
-            app = create_app(service)
+            limits = Limits(**settings.limits.model_dump())
+            app = create_app(service, limits, metrics_public=settings.metrics.public)
             server = _Server(app, serving, f"serving run {spec.name} {spec.run_id.hex()} at {url}")
             servers = [server]
             _stop_on_signals(servers, service)
@@ -73,6 +75,8 @@ async def serve(directory: Path, serving: config.Server, *, workers: bool) -> No
                 if workers:
                     commands = _commands(home, url, serving.host)
                     others += [tasks.create_task(supervise(name, command)) for name, command in commands.items()]
+                    exports = _exports(settings.metrics, url)
+                    others += [tasks.create_task(supervise(*export, once=True)) for export in exports.items()]
                 await server.serve(sockets=[listener])
                 for task in others:
                     task.cancel()
@@ -147,9 +151,20 @@ def _commands(home: RunDirectory, url: str, host: str) -> dict[str, list[str]]:
     return commands
 
 
+def _exports(metrics: config.Metrics, url: str) -> dict[str, list[str]]:
+    program = [sys.executable, "-m", "swarm_coordinator", "export-metrics", url, "--follow"]
+    commands = {}
+    if metrics.tensorboard_dir is not None:
+        commands["export to TensorBoard"] = [*program, "--tensorboard", str(metrics.tensorboard_dir)]
+    if metrics.wandb_project is not None:
+        commands["export to Weights & Biases"] = [*program, "--wandb", metrics.wandb_project]
+    return commands
+
+
 def _stop_on_signals(servers: list[_Server], service: Service) -> None:
     def stop() -> None:
         if servers[0].should_exit:
+            kill_all()
             os._exit(130)
         service.stop_waiting()
         for server in servers:

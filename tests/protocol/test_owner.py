@@ -8,14 +8,17 @@ import signal
 import ssl
 import subprocess
 import sys
+import threading
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -113,6 +116,26 @@ def test_a_damaged_order_is_answered_and_changes_nothing(make_stage: MakeStage, 
     stage.journal.carry_out_orders(stage.cast.now_ms)
     assert "was not carried out" in answers(stage.cast)[0]
     assert stage.journal.log_head == head
+
+
+def test_orders_and_a_busy_coordinator_do_not_get_in_each_others_way(make_stage: MakeStage) -> None:
+    stage = make_stage(nodes=2)
+    done = threading.Event()
+
+    def coordinate() -> None:
+        while not done.is_set():
+            stage.journal.mark_alive(stage.cast.now_ms)
+
+    with ThreadPoolExecutor(1) as pool:
+        busy = pool.submit(coordinate)
+        try:
+            for _ in range(30):
+                owner.order(stage.cast.home, "resume", {}, wait_s=0.0)
+        finally:
+            done.set()
+        busy.result()
+    stage.journal.carry_out_orders(stage.cast.now_ms)
+    assert answers(stage.cast) == ["the run was not paused; nothing was changed"] * 30
 
 
 @pytest.mark.parametrize(("text", "ms"), [("90s", 90_000), ("7d", 7 * 86_400_000), ("2w", 14 * 86_400_000)])
@@ -217,6 +240,22 @@ def test_a_run_is_served_with_tls(make_cast: MakeCast, tmp_path: Path) -> None:
         assert process.wait(10) == 0
     key.write_text("no key")
     assert "cannot be used" in command("serve", cast.home.root, *options, "--no-workers", "--port", "0", status=2)
+
+
+@pytest.mark.parametrize(("proxies", "last", "metrics"), [('["127.0.0.1"]', 429, 403), ("[]", 200, 200)])
+def test_a_proxy_is_believed_where_the_configuration_names_it(
+    make_cast: MakeCast, proxies: str, last: int, metrics: int
+) -> None:
+    home = make_cast().home
+    home.config_file.write_text(
+        f"[server]\nbehind_proxy = {proxies}\n[limits]\naddress_per_s = 0.01\naddress_burst = 2\n"
+    )
+    with served(home.root) as (process, url):
+        told = [httpx.get(f"{url}/v1/runs", headers={"x-forwarded-for": "192.0.2.1"}).status_code for _ in range(3)]
+        assert told == [200, 200, last]
+        assert httpx.get(f"{url}/metrics", headers={"x-forwarded-for": "192.0.2.2"}).status_code == metrics
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 0
 
 
 def self_signed(folder: Path) -> tuple[Path, Path]:

@@ -67,6 +67,7 @@ probation = {probation}
 floor = {floor}
 reductions = {reductions}
 evidence_s = {evidence_s}
+budget = {budget}
 """
 
 RUN_PARTS = re.compile(r"^parts = (\d+)", re.MULTILINE)
@@ -85,6 +86,7 @@ DEFAULTS: dict[str, Any] = {
     "probation": 1,
     "floor": 0.25,
     "reductions": 0.25,
+    "budget": 1.0,
 }
 
 

@@ -60,3 +60,27 @@ def test_a_child_that_ignores_being_asked_is_gone_all_the_same(tmp_path: Path, m
             os.kill(int(pid), 0)
 
     asyncio.run(run())
+
+
+def test_a_child_that_has_done_its_work_is_not_started_again(tmp_path: Path) -> None:
+    script = f"open({str(tmp_path / 'starts')!r}, 'a').write('once\\n')"
+    asyncio.run(supervisor.supervise("export", [sys.executable, "-c", script], once=True))
+    assert written(tmp_path / "starts") == ["once"]
+
+
+def test_all_children_can_be_ended_at_once(tmp_path: Path) -> None:
+    script = (
+        "import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
+        f"open({str(tmp_path / 'pid')!r}, 'w').write(f'{{os.getpid()}}\\n'); time.sleep(600)"
+    )
+
+    async def run() -> None:
+        task = asyncio.create_task(supervisor.supervise("worker", [sys.executable, "-c", script], once=True))
+        await lines(tmp_path / "pid", 1)
+        supervisor.kill_all()
+        (process,) = supervisor._running
+        async with asyncio.timeout(PATIENCE_S):
+            assert await process.wait() == -9
+        await cancel(task)
+
+    asyncio.run(run())

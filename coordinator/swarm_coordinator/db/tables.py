@@ -172,6 +172,7 @@ class AuditRow(Base):
     """
 
     __tablename__ = "audits"
+    __table_args__ = (Index("audits_by_outcome", "run", "outcome", "peer"),)
 
     run: Mapped[bytes] = mapped_column(ForeignKey(RunRow.id), primary_key=True)
     round: Mapped[int] = mapped_column(primary_key=True)

@@ -76,7 +76,8 @@ def page(found: dict[str, Any]) -> str:
         f"nodes        {len(good)} in good standing, {new} of them on probation; {len(nodes) - len(good)} ended"
     )
     totals = {name: sum(node["credit"][name] for node in nodes) for name in ("pending", "settled", "forfeited")}
-    lines.append("credit       " + ", ".join(f"{amount:,} {name}" for name, amount in totals.items()))
+    credit = ", ".join(f"{amount:,} {name}" for name, amount in totals.items())
+    lines.append(f"credit       {credit}, in megaflops")
     audits = run["audits"]
     outcomes = ("accepted", "rejected", "inconclusive", "unavailable", "pending")
     lines.append(f"audits       {audits['drawn']} drawn: " + ", ".join(f"{audits[name]} {name}" for name in outcomes))

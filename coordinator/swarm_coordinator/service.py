@@ -375,8 +375,9 @@ async def open_service(directory: RunDirectory, clock: Callable[[], int] | None 
         ConfigurationError: there is no run, or it is damaged.
     """
     clock = clock or steady_clock()
-    url = directory.database_url()
-    shared = Sharing(open_database(url), directory.spec().run_id) if url.startswith("postgresql") else None
+    shared = None
+    if directory.shared():
+        shared = Sharing(open_database(directory.database_url()), directory.spec().run_id)
     leads = shared is None or shared.campaign()
     journal = (Journal if leads else Mirror).open(directory, clock())
     service = Service(journal, Store(directory.objects_url()), clock)

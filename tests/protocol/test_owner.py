@@ -34,6 +34,8 @@ from swarm_protocol.records import Ban, RunEnd
 MakeCast = Callable[..., Any]
 MakeStage = Callable[..., Any]
 
+ON_EVERY_DATABASE = pytest.mark.usefixtures("database_url")
+
 COMMAND = [sys.executable, "-m", "swarm_coordinator"]
 
 
@@ -49,6 +51,7 @@ def answers(cast: Any) -> list[str]:
         return [row.answer for row in session.query(owner.OrderRow).order_by(owner.OrderRow.id)]
 
 
+@ON_EVERY_DATABASE
 def test_a_paused_run_begins_no_round_until_it_is_resumed(make_stage: MakeStage) -> None:
     stage = make_stage(nodes=2)
     assert ordered(stage, "resume") == "the run was not paused; nothing was changed"
@@ -61,6 +64,7 @@ def test_a_paused_run_begins_no_round_until_it_is_resumed(make_stage: MakeStage)
     assert stage.journal.state.round == 1
 
 
+@ON_EVERY_DATABASE
 def test_an_order_that_came_while_nobody_served_the_run_is_carried_out_once_somebody_does(
     make_stage: MakeStage,
 ) -> None:
@@ -76,6 +80,7 @@ def test_an_order_that_came_while_nobody_served_the_run_is_carried_out_once_some
     assert answers(stage.cast) == ["paused; round 0 has not begun"]
 
 
+@ON_EVERY_DATABASE
 def test_a_run_that_is_stopped_ends_with_a_signed_record(make_stage: MakeStage) -> None:
     stage = make_stage(nodes=2)
     stage.play(0)
@@ -88,6 +93,7 @@ def test_a_run_that_is_stopped_ends_with_a_signed_record(make_stage: MakeStage) 
     assert ordered(stage, "pause") == "the run has finished; nothing was changed"
 
 
+@ON_EVERY_DATABASE
 def test_who_is_banned_loses_its_slot_at_once_and_its_standing_for_good(make_stage: MakeStage) -> None:
     stage = make_stage(nodes=2)
     stage.submit(*(stage.cast.ready(node, 0, stage.journal.state.base) for node in stage.standing))
@@ -118,6 +124,7 @@ def test_a_damaged_order_is_answered_and_changes_nothing(make_stage: MakeStage, 
     assert stage.journal.log_head == head
 
 
+@ON_EVERY_DATABASE
 def test_orders_and_a_busy_coordinator_do_not_get_in_each_others_way(make_stage: MakeStage) -> None:
     stage = make_stage(nodes=2)
     done = threading.Event()
@@ -169,6 +176,7 @@ def served(home: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], s
             process.kill()
 
 
+@ON_EVERY_DATABASE
 def test_the_commands_work_beside_a_running_coordinator(make_cast: MakeCast) -> None:
     cast = make_cast()
     home = cast.home.root

@@ -33,7 +33,7 @@ from swarm_coordinator.db.engine import open_database
 from swarm_coordinator.db.tables import CreditRow, LedgerRow, NodeRow, RecordRow, RoundRow
 from swarm_coordinator.run_directory import RunDirectory
 from swarm_protocol.log import Log, leaf_hash
-from swarm_protocol.records import Envelope, decode_list, parse
+from swarm_protocol.records import Envelope, LogHead, Receipt, decode_list, parse
 
 ACCOUNTS = ("pending", "settled", "forfeited")
 START_S = 60.0
@@ -58,6 +58,12 @@ class Witness:
         found = (answer["leaf"], envelope.encode())
         if self.acknowledged.setdefault(name, found) != found or answer["hash"] != record.hash.hex():
             self.contradictions.append(f"{name[:3]} was acknowledged as two things")
+        self.take_signed(answer.get("receipt"))
+
+    def take_signed(self, envelope: str | None) -> None:
+        """A receipt or a head, where the coordinator signs these: an encoded Envelope in hex."""
+        if envelope is not None:
+            self.take_records([Envelope.decode(bytes.fromhex(envelope))])
 
     def take_records(self, envelopes: list[Envelope]) -> None:
         for envelope in envelopes:
@@ -180,7 +186,7 @@ async def trial(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         "rounds": shape.rounds,
         "acknowledged": len(witness.acknowledged),
         **compared(entries, witness),
-        "ledger_faults": ledger_faults(options.database or RunDirectory(folder).database_url(), spec.run_id),
+        **ledger(options.database or RunDirectory(folder).database_url(), spec.run_id),
         "server_errors": [kind for kind in swarm.meter.errors if " 5" in kind],
         "refusals": dict(swarm.meter.errors),
         "wall_s": round(time.monotonic() - began_s, 1),
@@ -191,6 +197,7 @@ async def look_at_log(watcher: Party, witness: Witness) -> None:
     head = await watcher.ask("/log/head", "log head")
     if head is not None:
         witness.take_head(head["size"], head["root"])
+        witness.take_signed(head.get("signed"))
         answer = await watcher.call("GET", f"/log/entries?start={max(0, head['size'] - 32)}&count=32")
         if answer is not None and answer.status == 200:
             witness.take_records(decode_list(answer.body, max_bytes=1 << 26))
@@ -217,13 +224,18 @@ def compared(entries: list[Envelope], witness: Witness) -> dict[str, Any]:
     log = Log(leaf_hash(entry) for entry in at_leaf.values())
     logged = {name: found for name, found in witness.acknowledged.items() if found[0] is not None}
     ours = Counter((parse(one.body).kind, parse(one.body).round, parse(one.body).sequence, one.key) for one in entries)
+    in_log = set(at_leaf.values())
+    for data in witness.signed.values():
+        record = Envelope.decode(data).open()
+        if isinstance(record, LogHead):
+            witness.take_head(record.sequence, record.root.hex())
     return {
         "leaves": log.size,
         "lost": [str(name[:3]) for name, (leaf, data) in logged.items() if leaf is None or at_leaf.get(leaf) != data],
         "twice": [str(name[:3]) for name, count in ours.items() if count > 1],
         "signed": len(witness.signed),
         "remade": [str(name) for name in witness.remade],
-        "vanished": [str(name) for name, data in witness.signed.items() if data not in set(at_leaf.values())],
+        "vanished": [str(name) for name, data in witness.signed.items() if not _kept(data, log, in_log)],
         "heads": len(witness.heads),
         "broken_heads": [
             size for size, root in witness.heads.items() if size > log.size or log.root(size).hex() != root
@@ -232,12 +244,21 @@ def compared(entries: list[Envelope], witness: Witness) -> dict[str, Any]:
     }
 
 
-def ledger_faults(database: str, run: bytes) -> list[str]:
+def _kept(data: bytes, log: Log, entries: set[bytes]) -> bool:
+    """Whether what the coordinator signed holds: a leaf of the log, or a promise about one that was kept."""
+    record = Envelope.decode(data).open()
+    if isinstance(record, Receipt):
+        return record.sequence < log.size and log.leaf(record.sequence) == record.leaf_hash
+    return isinstance(record, LogHead) or data in entries
+
+
+def ledger(database: str, run: bytes) -> dict[str, Any]:
     """What does not add up in the tables: the ledger's entries, the sums kept with the nodes, and the contributions."""
     engine = open_database(database)
     try:
         with Session(engine) as session:
-            return list(_faults(session, run))
+            entries = session.scalar(select(func.count()).select_from(LedgerRow).filter_by(run=run))
+            return {"ledger_entries": entries, "ledger_faults": list(_faults(session, run))}
     finally:
         engine.dispose()
 

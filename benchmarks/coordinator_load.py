@@ -34,7 +34,7 @@ import psutil
 import uvloop
 from coordinator_parties import Node, Party, Shape, Swarm, key, make_run, play
 
-START_S = 60.0
+STOP_S = 15.0
 TOP = 30
 
 
@@ -68,7 +68,7 @@ class Server:
     def stop(self) -> None:
         self._child.terminate()
         try:
-            self._child.wait(60)
+            self._child.wait(STOP_S)
         except subprocess.TimeoutExpired:
             self._child.kill()
             self._child.wait()

@@ -1,4 +1,4 @@
-"""The coordinator's web application: one run, behind `/v1/runs/{run_id}`. Loads neither torch nor hivemind."""
+"""The coordinator's web application: runs, each behind `/v1/runs/{run_id}`. Loads neither torch nor hivemind."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ _TAGS = [
 ]
 
 
-def create_app(service: Service, limits: Limits | None = None, *, metrics_public: bool = False) -> FastAPI:
-    """The application that serves one run. The caller runs the service's clock."""
+def create_app(*services: Service, limits: Limits | None = None, metrics_public: bool = False) -> FastAPI:
+    """The application that serves these runs. The caller runs their services' clocks."""
     app = FastAPI(
         title="swarm-node coordinator",
         version=__version__,
@@ -47,8 +47,10 @@ def create_app(service: Service, limits: Limits | None = None, *, metrics_public
         generate_unique_id_function=_operation,
     )
     desk, metrics = Desk(limits or Limits()), Metrics()
-    service.on_commit = metrics.commits.observe
-    app.state.service, app.state.desk = service, desk
+    for service in services:
+        service.on_commit = metrics.commits.observe
+    app.state.services = services
+    app.state.desk = desk
     app.state.metrics, app.state.metrics_public = metrics, metrics_public
     for module in (health, runs, records, pages, rounds, objects, events, ledger, admission):
         app.include_router(module.router)

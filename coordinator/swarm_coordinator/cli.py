@@ -126,7 +126,9 @@ def calibrate(
 
 @app.command()
 def serve(
-    directory: Directory,
+    directories: Annotated[
+        list[Path], typer.Argument(help="The run's directory; several runs may be served together.")
+    ],
     host: Annotated[
         str | None,
         typer.Option(help="The address to listen on; 0.0.0.0 for all of this machine's.", show_default="127.0.0.1"),
@@ -139,26 +141,29 @@ def serve(
     no_workers: Annotated[
         bool, typer.Option("--no-workers", help="Start neither the checkpoint worker nor auditors.")
     ] = False,
+    one_of_several: Annotated[bool, typer.Option("--one-of-several", hidden=True)] = False,
     log_format: Annotated[
         LogFormat | None, typer.Option(help="Lines for people, or an object of JSON for each.")
     ] = None,
 ) -> None:
     """Serve a run to volunteers, with its checkpoint worker and auditors, until Ctrl-C.
 
-    The run's coordinator.toml says how; these options come before it.
+    The run's coordinator.toml says how; these options come before it. Of several runs, the first one's says where and how to
+    listen, and each one's where its database and its objects are.
     """
     import uvloop
 
     from swarm_coordinator.run_directory import RunDirectory
+    from swarm_coordinator.server import Part
     from swarm_coordinator.server import serve as serving
 
-    config = RunDirectory(directory).config()
+    config = RunDirectory(directories[0]).config()
     config = config.changed("server", host=host, port=port, tls_certificate=tls_certificate, tls_key=tls_key)
     config = config.changed("log", format=log_format)
     os.environ[LOG_FORMAT] = config.log.format  # for the workers that we start
     logs.configure(config.log)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(serving(directory, config, workers=not no_workers))
+        runner.run(serving(directories, config, Part(not no_workers, one_of_several)))
 
 
 @app.command(hidden=True)

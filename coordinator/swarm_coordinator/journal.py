@@ -12,15 +12,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
+from uuid import uuid4
 
 from sqlalchemy import func, select, update
-from sqlalchemy.engine import Engine
+from sqlalchemy.engine import CursorResult, Engine
 from sqlalchemy.orm import Session
 
 from swarm_coordinator import orders
 from swarm_coordinator.admission import Applicant, admit
 from swarm_coordinator.db.archive import Archive
 from swarm_coordinator.db.engine import open_database
+from swarm_coordinator.db.leadership import notify
 from swarm_coordinator.db.machine_codec import decode_event, decode_state
 from swarm_coordinator.db.tables import EventRow, RecordRow, RunRow, SnapshotRow
 from swarm_coordinator.entrance import Entrance
@@ -30,7 +32,7 @@ from swarm_coordinator.round_events import NodeReady, Resumed, Tick
 from swarm_coordinator.rounds import Policy, State, advance
 from swarm_coordinator.run_directory import RunDirectory
 from swarm_protocol import parts
-from swarm_protocol.errors import ConfigurationError, RefusedError
+from swarm_protocol.errors import ConfigurationError, RefusedError, SwarmError
 from swarm_protocol.identity import Identity
 from swarm_protocol.log import Log, leaf_hash
 from swarm_protocol.records import (
@@ -61,7 +63,13 @@ WOKEN = {PartRecord: "part-records", Sketches: "sketches", SketchObjection: "ske
 ONE_BY_ONE = (Registration, Commitment, NonceOpening, PartRecord, PartHeld)
 """What is checked against nothing that could come in the same transaction, but through the state."""
 
+LOST = "another process drives this run now; this one ends"
+
 T = TypeVar("T")
+
+
+class LostOfficeError(SwarmError):
+    """Another process drives the run: nothing was written."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +102,8 @@ class Journal:
         self._office = office
         self._entrance = entrance
         self._recovery: Recovery | None = None
+        self._driver = uuid4().hex
+        self._lost = False
         self._alive_ms = 0
         self.spec = office.spec
         self.log = Log()
@@ -260,6 +270,8 @@ class Journal:
     @property
     def failure(self) -> str | None:
         """Why this run cannot be served any more, if that is so."""
+        if self._lost:
+            return LOST
         return None if self._recovery is None else self._recovery.failure
 
     def _recovered(self, now_ms: int) -> set[str]:
@@ -294,12 +306,11 @@ class Journal:
         size = self.log.size
         try:
             with Session(self._engine) as session, session.begin():
-                since = now_ms if self._recovery is None else self._alive_ms
-                alive = update(RunRow).where(RunRow.id == self.spec.run_id).values(alive_ms=since)
-                session.execute(alive, execution_options={"synchronize_session": False})
+                self._drive(session, now_ms if self._recovery is None else self._alive_ms)
                 entry = Entry(session, self._office, self.state, self.log, self._seq, now_ms)
                 yield entry
                 entry.finish()
+                notify(session.connection(), self.spec.run_id, entry.topics)
         except BaseException:
             if self.log.size != size:
                 self.log = Log(self.log.leaf(index) for index in range(size))
@@ -309,15 +320,26 @@ class Journal:
         if self.log.size != size:
             self.log_head = (self.log.size, self.log.root())
 
+    def _drive(self, session: Session, now_ms: int) -> None:
+        """Note that we are here. Raises `LostOfficeError` if another process has taken the run over."""
+        ours = update(RunRow).where(RunRow.id == self.spec.run_id, RunRow.driver == self._driver)
+        done = session.execute(ours.values(alive_ms=now_ms), execution_options={"synchronize_session": False})
+        assert isinstance(done, CursorResult)
+        if done.rowcount != 1:
+            self._lost = True
+            raise LostOfficeError(LOST)
+
     def _load(self, now_ms: int) -> None:
         run = self.spec.run_id
         with Session(self._engine) as session, session.begin():
             row = session.get(RunRow, run)
             if row is None:
-                if session.scalar(select(RunRow.id).limit(1)) is not None:
+                own = self._engine.dialect.name == "sqlite"
+                if own and session.scalar(select(RunRow.id).limit(1)) is not None:
                     raise ConfigurationError("the database belongs to another run; restore the right one from a backup")
                 row = RunRow(id=run, spec=self.spec.encode(), created_ms=now_ms, alive_ms=now_ms)
                 session.add(row)
+            row.driver = self._driver
             self._alive_ms = row.alive_ms
             away_ms = now_ms - row.alive_ms
             self.state = restored_state(session, self.spec)

@@ -64,6 +64,10 @@ class RunDirectory:
         """The database of the configuration, or the run's own."""
         return self.config().database.url or f"sqlite:///{self.database}"
 
+    def shared(self) -> bool:
+        """Whether several processes may serve the run."""
+        return self.database_url().startswith("postgresql")
+
     def objects_url(self) -> str:
         """Where objects are, by the configuration, or in this folder."""
         return self.config().objects.url or self.objects.absolute().as_uri()

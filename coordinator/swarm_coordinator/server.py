@@ -16,8 +16,9 @@ import socket
 import ssl
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import uvicorn
@@ -40,48 +41,69 @@ FAILURE_S = 0.25
 LOCK_S = 0.5
 
 
-async def serve(directory: Path, settings: config.CoordinatorConfig, *, workers: bool) -> None:
-    """Serve the run in a directory until SIGINT or SIGTERM.
+@dataclass(frozen=True)
+class Part:
+    """What this process does beside serving the API: it starts checkpoint workers and auditors, or further processes."""
+
+    workers: bool = True
+    one_of_several: bool = False
+
+
+async def serve(directories: Sequence[Path], settings: config.CoordinatorConfig, part: Part) -> None:
+    """Serve the runs in these directories until SIGINT or SIGTERM.
 
     Raises:
         ConfigurationError: no run there, another coordinator serves it, the port is in use, the certificate cannot be used,
             or nodes hold what was signed after the backup that the run was restored from.
     """
-    home = RunDirectory(directory)
-    spec, serving = home.spec(), settings.server
+    homes, serving = [RunDirectory(directory) for directory in directories], settings.server
+    specs = [home.spec() for home in homes]
+    if len({spec.run_id for spec in specs}) < len(specs):
+        raise ConfigurationError("the same run is given twice; give each directory once")
     secure = serving.tls_certificate is not None
+    several = part.one_of_several or serving.workers > 1
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_only_one(home))
-        listener = stack.enter_context(contextlib.closing(_listen(serving.host, serving.port)))
-        url = _url("https" if secure else "http", serving.host, listener.getsockname()[1])
-        async with open_service(home) as service:
+        for home in homes:
+            if not home.shared():
+                stack.enter_context(_only_one(home))
+            elif several and not home.shared():
+                raise ConfigurationError(f"{home.root}: several processes need PostgreSQL; set database.url")
+        listener = stack.enter_context(contextlib.closing(_listen(serving.host, serving.port, several=several)))
+        port = listener.getsockname()[1]
+        url = _url("https" if secure else "http", serving.host, port)
+        async with contextlib.AsyncExitStack() as opened:
+            services = [await opened.enter_async_context(open_service(home)) for home in homes]
             limits = Limits(**settings.limits.model_dump())
-            app = create_app(service, limits, metrics_public=settings.metrics.public)
-            server = _Server(app, serving, f"serving run {spec.name} {spec.run_id.hex()} at {url}")
+            app = create_app(*services, limits=limits, metrics_public=settings.metrics.public)
+            names = ", ".join(f"{spec.name} {spec.run_id.hex()}" for spec in specs)
+            server = _Server(app, serving, f"serving run{'s' if len(specs) > 1 else ''} {names} at {url}")
             servers = [server]
-            _stop_on_signals(servers, service)
+            _stop_on_signals(servers, services)
             async with asyncio.TaskGroup() as tasks:
-                others = [
-                    tasks.create_task(service.run_clock()),
-                    tasks.create_task(_appoint(home, service)),
-                    tasks.create_task(_end_on_failure(servers, service)),
-                ]
-                if workers and secure:
-                    # The run owner's own processes need no certificate for this machine's inner address.
-                    inner = stack.enter_context(contextlib.closing(_listen("127.0.0.1", 0)))
-                    servers.append(_Server(app, config.Server(), None))
-                    others.append(tasks.create_task(servers[1].serve(sockets=[inner])))
-                    url = _url("http", "127.0.0.1", inner.getsockname()[1])
-                if workers:
-                    commands = _commands(home, url, serving.host)
-                    others += [tasks.create_task(supervise(name, command)) for name, command in commands.items()]
-                    exports = _exports(settings.metrics, url)
-                    others += [tasks.create_task(supervise(*export, once=True)) for export in exports.items()]
+                others = [tasks.create_task(_end_on_failure(servers, services))]
+                for home, service in zip(homes, services, strict=True):
+                    others += [tasks.create_task(service.run_clock()), tasks.create_task(_appoint(home, service))]
+                commands = _further(homes, settings, port) if several and not part.one_of_several else {}
+                if part.workers:
+                    if secure:
+                        # The run owner's own processes need no certificate for this machine's inner address.
+                        inner = stack.enter_context(contextlib.closing(_listen("127.0.0.1", 0)))
+                        servers.append(_Server(app, config.Server(), None))
+                        others.append(tasks.create_task(servers[1].serve(sockets=[inner])))
+                        url = _url("http", "127.0.0.1", inner.getsockname()[1])
+                    for home, spec in zip(homes, specs, strict=True):
+                        where = f"{url}/v1/runs/{spec.run_id.hex()}"
+                        label = f" of {spec.name}" if len(specs) > 1 else ""
+                        commands |= _commands(home, where, serving.host, label)
+                        exports = _exports(settings.metrics, where, label)
+                        others += [tasks.create_task(supervise(*export, once=True)) for export in exports.items()]
+                others += [tasks.create_task(supervise(name, command)) for name, command in commands.items()]
                 await server.serve(sockets=[listener])
                 for task in others:
                     task.cancel()
-            if service.failure is not None:
-                raise ConfigurationError(service.failure)
+            for service in services:
+                if service.failure is not None:
+                    raise ConfigurationError(service.failure)
 
 
 async def _appoint(home: RunDirectory, service: Service) -> None:
@@ -97,12 +119,15 @@ async def _appoint(home: RunDirectory, service: Service) -> None:
         await asyncio.sleep(APPOINTMENTS_S)
 
 
-async def _end_on_failure(servers: list[_Server], service: Service) -> None:
+async def _end_on_failure(servers: list[_Server], services: Sequence[Service]) -> None:
     """A run that cannot go on is served no longer."""
-    while service.failure is None:  # noqa: ASYNC110  # it is noticed by the thread that writes
+    failed = None
+    while failed is None:
         await asyncio.sleep(FAILURE_S)
-    log.error("%s", service.failure)
-    service.stop_waiting()
+        failed = next((service.failure for service in services if service.failure is not None), None)
+    log.error("%s", failed)
+    for service in services:
+        service.stop_waiting()
     for server in servers:
         server.should_exit = True
 
@@ -143,30 +168,41 @@ class _Server(uvicorn.Server):
         yield
 
 
-def _commands(home: RunDirectory, url: str, host: str) -> dict[str, list[str]]:
+def _further(homes: Sequence[RunDirectory], settings: config.CoordinatorConfig, port: int) -> dict[str, list[str]]:
+    """More processes that serve the API on our port."""
+    serving = settings.server
+    command = [sys.executable, "-m", "swarm_coordinator", "serve", *(str(home.root) for home in homes)]
+    command += ["--host", serving.host, "--port", str(port), "--no-workers", "--one-of-several"]
+    if serving.tls_certificate is not None:
+        command += ["--tls-certificate", str(serving.tls_certificate), "--tls-key", str(serving.tls_key)]
+    return {f"API process {number}": command for number in range(2, serving.workers + 1)}
+
+
+def _commands(home: RunDirectory, url: str, host: str, label: str) -> dict[str, list[str]]:
     program = [sys.executable, "-m", "swarm_coordinator"]
-    commands = {"checkpoint worker": [*program, "worker", str(home.root), "--url", url, "--host", host]}
+    commands = {f"checkpoint worker{label}": [*program, "worker", str(home.root), "--url", url, "--host", host]}
     for path in home.auditor_keys():
-        commands[f"auditor {path.stem}"] = [*program, "audit", str(home.root), "--url", url, "--key", str(path)]
+        commands[f"auditor {path.stem}{label}"] = [*program, "audit", str(home.root), "--url", url, "--key", str(path)]
     return commands
 
 
-def _exports(metrics: config.Metrics, url: str) -> dict[str, list[str]]:
+def _exports(metrics: config.Metrics, url: str, label: str) -> dict[str, list[str]]:
     program = [sys.executable, "-m", "swarm_coordinator", "export-metrics", url, "--follow"]
     commands = {}
     if metrics.tensorboard_dir is not None:
-        commands["export to TensorBoard"] = [*program, "--tensorboard", str(metrics.tensorboard_dir)]
+        commands[f"export{label} to TensorBoard"] = [*program, "--tensorboard", str(metrics.tensorboard_dir)]
     if metrics.wandb_project is not None:
-        commands["export to Weights & Biases"] = [*program, "--wandb", metrics.wandb_project]
+        commands[f"export{label} to Weights & Biases"] = [*program, "--wandb", metrics.wandb_project]
     return commands
 
 
-def _stop_on_signals(servers: list[_Server], service: Service) -> None:
+def _stop_on_signals(servers: list[_Server], services: Sequence[Service]) -> None:
     def stop() -> None:
         if servers[0].should_exit:
             kill_all()
             os._exit(130)
-        service.stop_waiting()
+        for service in services:
+            service.stop_waiting()
         for server in servers:
             server.should_exit = True
 
@@ -174,10 +210,10 @@ def _stop_on_signals(servers: list[_Server], service: Service) -> None:
         asyncio.get_running_loop().add_signal_handler(number, stop)
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _listen(host: str, port: int, *, several: bool = False) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
+        listener = socket.create_server((host, port), family=family, backlog=BACKLOG, reuse_port=several)
     except OSError as error:
         raise ConfigurationError(
             f"cannot listen on {host} port {port}: {error.strerror}. Stop what uses it, or choose another --host or --port"

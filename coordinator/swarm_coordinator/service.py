@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from contextvars import copy_context
+from functools import partial
 from typing import TypeVar
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -20,9 +21,13 @@ from sqlalchemy.exc import SQLAlchemyError
 from swarm_coordinator.answers import Answers
 from swarm_coordinator.certificates import Certificates
 from swarm_coordinator.db.archive import Archive
+from swarm_coordinator.db.engine import open_database
 from swarm_coordinator.journal import Change, Journal, Receipt
+from swarm_coordinator.mirror import Mirror
 from swarm_coordinator.rounds import State
 from swarm_coordinator.run_directory import RunDirectory
+from swarm_coordinator.sharing import ANSWER_S, AWAY, CAMPAIGN_S, INBOX, Sharing, answered, reply
+from swarm_coordinator.sharing import topic as topic_of_answer
 from swarm_coordinator.store import Store
 from swarm_coordinator.topics import Event, Topics
 from swarm_protocol.certificate import Certificate
@@ -62,6 +67,8 @@ class Service:
         self._loop = asyncio.get_running_loop()
         self._waiting: list[tuple[Change, asyncio.Future[object]]] = []
         self._draining: asyncio.Task[None] | None = None
+        self._shared: Sharing | None = None
+        self._leads = True
         self._ticked_s = self._loop.time()
         self.on_commit: Callable[[float], None] = lambda seconds: None
 
@@ -168,23 +175,97 @@ class Service:
         envelope = Envelope.decode(data)
         record = envelope.open() if len(data) <= SMALL_BYTES else await asyncio.to_thread(envelope.open)
         checked(envelope, record)
+        if self._shared is not None and not self._leads:
+            return await self._ask(self._shared, envelope, token)
         receipt = await self._commit(self._journal.offer(envelope, record, token))
         assert isinstance(receipt, Receipt)
         return receipt
 
+    async def _ask(self, shared: Sharing, envelope: Envelope, token: str | None) -> Receipt:
+        """Have the process that drives the run accept a record."""
+        number = await asyncio.to_thread(shared.inbox.put, envelope, token, self._clock())
+        try:
+            answer = await self.poll(
+                topic_of_answer(number), lambda archive: answered(archive.session, number), ANSWER_S
+            )
+        finally:
+            await asyncio.shield(asyncio.to_thread(shared.inbox.forget, number))
+        if isinstance(answer, Receipt):
+            return answer
+        raise answer if isinstance(answer, RefusedError) else AWAY
+
+    async def share(self, shared: Sharing, take_over: Callable[[], Journal], *, leads: bool) -> None:
+        """Serve the run together with other processes until cancelled; `take_over` opens the run for writing."""
+        self._shared, self._leads = shared, leads
+        told: asyncio.Queue[Sequence[str]] = asyncio.Queue()
+
+        def hear(topics: Sequence[str]) -> None:
+            self._loop.call_soon_threadsafe(told.put_nowait, topics)
+
+        shared.listen(hear)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._campaign(shared, take_over))
+            while True:
+                heard = [await told.get()]
+                while not told.empty():
+                    heard.append(told.get_nowait())
+                topics = {topic for group in heard for topic in group}
+                missed = [] in heard
+                try:
+                    if self._leads:
+                        if missed or INBOX in topics:
+                            await self._answer(shared)
+                    else:
+                        await self._follow(topics, missed=missed)
+                except SQLAlchemyError as error:
+                    log.warning("the database does not answer: %s", error)
+
+    async def _follow(self, topics: set[str], *, missed: bool) -> None:
+        """Take note of what the driver committed."""
+        journal = self._journal
+        if isinstance(journal, Mirror) and (missed or topics - {INBOX}):
+            await self._write(journal.refresh)
+            self._topics.wake(self._topics.all() if missed else topics)
+
+    async def _answer(self, shared: Sharing) -> None:
+        """Carry out what other processes were given."""
+        while questions := await asyncio.to_thread(shared.inbox.pending):
+            changes = (self._commit(reply(self._journal, question)) for question in questions)
+            for question, result in zip(questions, await asyncio.gather(*changes, return_exceptions=True), strict=True):
+                if isinstance(result, BaseException):
+                    log.error("a record that another process was given failed: %s", result)
+                    await asyncio.to_thread(shared.inbox.forget, question.id)
+
+    async def _campaign(self, shared: Sharing, take_over: Callable[[], Journal]) -> None:
+        """Drive the run as soon as nobody else does."""
+        while not self._leads:
+            await asyncio.sleep(CAMPAIGN_S)
+            if not await asyncio.to_thread(shared.campaign):
+                continue
+            log.warning("this process drives the run now")
+            before, self._journal = self._journal, await self._write(take_over)
+            self._leads = True
+            before.close()
+            self._topics.wake(self._topics.all())
+            await self._answer(shared)
+
     async def tick(self) -> None:
         """Let the phases that are over end, and do what the run owner has ordered."""
+        if not self._leads:
+            self._ticked_s = self._loop.time()
+            return
         await self._write(lambda: self._wake(self._journal.tick(self._clock())))
         await self._write(lambda: self._wake(self._journal.carry_out_orders(self._clock())))
         self._ticked_s = self._loop.time()
 
     async def appoint(self, role: Role, key: bytes) -> bool:
-        """Give a key an office, once. False if that has to wait until a restored run goes on."""
-        return await self._write(lambda: self._journal.appoint(role, key, self._clock()))
+        """Give a key an office, once. False if that has to wait until a restored run goes on, or is not ours to do."""
+        return self._leads and await self._write(lambda: self._journal.appoint(role, key, self._clock()))
 
     async def mark_alive(self) -> None:
         """Note that the coordinator is up, and when nodes were last heard of."""
-        await self._write(lambda: self._journal.mark_alive(self._clock()))
+        if self._leads:
+            await self._write(lambda: self._journal.mark_alive(self._clock()))
 
     async def read(self, query: Callable[[Archive], T]) -> T:
         """Run a query on what is committed."""
@@ -246,6 +327,8 @@ class Service:
             await self._draining
         await asyncio.to_thread(self._writer.shutdown)
         self._journal.close()
+        if self._shared is not None:
+            await asyncio.to_thread(self._shared.close)
 
     async def _commit(self, change: Change) -> object:
         """The result of a change once it is on disk, in one transaction with others that came meanwhile."""
@@ -292,13 +375,30 @@ async def open_service(directory: RunDirectory, clock: Callable[[], int] | None 
         ConfigurationError: there is no run, or it is damaged.
     """
     clock = clock or steady_clock()
-    service = Service(Journal.open(directory, clock()), Store(directory.objects_url()), clock)
+    shared = None
+    if directory.shared():
+        shared = Sharing(open_database(directory.database_url()), directory.spec().run_id)
+    leads = shared is None or shared.campaign()
+    journal = (Journal if leads else Mirror).open(directory, clock())
+    service = Service(journal, Store(directory.objects_url()), clock)
+    sharing = None
     try:
-        for role, key in offices(directory):
-            await service.appoint(role, key)
+        if shared is not None:
+            take_over = partial(_taken_over, directory, clock)
+            sharing = asyncio.create_task(service.share(shared, take_over, leads=leads))
+        if leads:
+            for role, key in offices(directory):
+                await service.appoint(role, key)
         yield service
     finally:
+        if sharing is not None:
+            sharing.cancel()
+            await asyncio.wait([sharing])
         await service.close()
+
+
+def _taken_over(directory: RunDirectory, clock: Callable[[], int]) -> Journal:
+    return Journal.open(directory, clock())
 
 
 def offices(directory: RunDirectory) -> list[tuple[Role, bytes]]:

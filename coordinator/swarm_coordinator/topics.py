@@ -54,6 +54,10 @@ class Topics:
         """Happens at the next `wake` of the topic."""
         return self._events.setdefault(topic, Event())
 
+    def all(self) -> list[str]:
+        """Every topic that somebody waits for."""
+        return list(self._events)
+
     def wake(self, topics: Iterable[str]) -> None:
         for topic in topics:
             event = self._events.pop(topic, None)
@@ -63,4 +67,4 @@ class Topics:
     def close(self) -> None:
         """Wake everybody: the coordinator is going away."""
         self._closed = True
-        self.wake(list(self._events))
+        self.wake(self.all())

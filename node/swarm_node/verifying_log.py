@@ -20,12 +20,13 @@ from rich.console import Console
 
 from swarm_node.verifying_draws import PATIENCE_S, Check, different
 from swarm_protocol.client import CoordinatorClient, persist
-from swarm_protocol.errors import ConfigurationError, HashMismatchError, InvalidDataError
+from swarm_protocol.errors import ConfigurationError, InvalidDataError, RefusedError
 from swarm_protocol.files import write_atomic
 from swarm_protocol.identity import peer_id
 from swarm_protocol.ledger import Balance
 from swarm_protocol.ledger_history import totals
 from swarm_protocol.log import verify_consistency
+from swarm_protocol.records import Envelope, LogHead
 
 HEADS_FILE = "log-heads.json"
 PAGE = 500
@@ -59,15 +60,16 @@ async def compare(client: CoordinatorClient, seen: SeenHeads, say: Callable[[str
     check = LogCheck(client)
     before = seen.of(client)
     differences = await check.settled(check.status)
-    differences += await check.rewritten(before)
+    rewritten = await check.rewritten(before)
+    differences += rewritten
     for number in range(len(check.history.rounds)):
         if not check.broken:
             differences += await check.settled(partial(check.round, number))
     for more in (check.balances, check.head):
         if not check.broken:
             differences += await check.settled(more)
-    if not differences:
-        seen.keep(client, check.history.log.size, check.history.log.root())
+    if check.signed is not None and not check.broken and not rewritten:
+        seen.keep(client, *check.signed)
     found = check.found(differences) | check.report(before)
     for line in _lines(found):
         say(line)
@@ -83,8 +85,9 @@ class LogCheck(Check):
     def __init__(self, client: CoordinatorClient) -> None:
         super().__init__(client)
         self.kinds = Counter[str]()
+        self.signed: tuple[LogHead, Envelope] | None = None
 
-    async def entries(self, first: int, size: int) -> AsyncIterator[Any]:
+    async def entries(self, first: int, size: int) -> AsyncIterator[Envelope]:
         async for envelope in super().entries(first, size):
             self.kinds[envelope.open().kind] += 1
             yield envelope
@@ -108,7 +111,7 @@ class LogCheck(Check):
         try:
             answer = await self._client.json("/log/consistency", old=size, size=now)
             verify_consistency(size, now, [bytes.fromhex(one) for one in answer["proof"]], root, head)
-        except (HashMismatchError, KeyError, TypeError, ValueError):
+        except (InvalidDataError, RefusedError, KeyError, TypeError, ValueError):
             return [f"{rewritten}; the coordinator cannot show that the {now} records that it serves now extend it"]
         return []
 
@@ -125,8 +128,10 @@ class LogCheck(Check):
 
     async def head(self) -> list[str]:
         """The signed head, and that no statement is missing at the log's end."""
-        head, _ = await self._client.signed_log_head()
+        head, envelope = await self._client.signed_log_head()
         log = self.history.log
+        if (head.sequence, head.root) == (log.size, log.root()):
+            self.signed = (head, envelope)
         missing = ["the log ends where a credit statement was due"] if self.history.ledger.overdue else []
         return missing + different("the signed head", (head.sequence, head.root.hex()), (log.size, log.root().hex()))
 
@@ -167,7 +172,10 @@ class LogCheck(Check):
 
 
 class SeenHeads:
-    """The newest head of each run's log that was verified here: a small file in the data directory."""
+    """The newest head of each run's log that was replayed here without a contradiction: a small file in the data directory.
+
+    With it is the signed head: together with a later one that does not extend it, it proves that history was rewritten.
+    """
 
     def __init__(self, data_dir: Path) -> None:
         self._path = data_dir / HEADS_FILE
@@ -186,9 +194,10 @@ class SeenHeads:
         except (KeyError, TypeError, ValueError) as error:
             raise self._damaged() from error
 
-    def keep(self, client: CoordinatorClient, size: int, root: bytes) -> None:
+    def keep(self, client: CoordinatorClient, head: LogHead, signed: Envelope) -> None:
         """Remember a verified head."""
-        heads = self._load() | {_name(client): {"size": size, "root": root.hex()}}
+        entry = {"size": head.sequence, "root": head.root.hex(), "signed": signed.encode().hex()}
+        heads = self._load() | {_name(client): entry}
         write_atomic(self._path, json.dumps(heads, indent=1, sort_keys=True).encode())
 
     def _load(self) -> dict[str, Any]:

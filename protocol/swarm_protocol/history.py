@@ -143,6 +143,8 @@ class History:
                 if self._stands(record.key):
                     self._end(record, record.key, record.reason)
             case RunEnd():
+                if self.rounds and self.rounds[-1].manifest is not None and self.rounds[-1].reveal is None:
+                    raise InvalidDataError(f"the run's end comes before the draw of round {len(self.rounds) - 1}")
                 self.ledger.end(record)
 
     def _plan(self, plan: RoundPlan) -> None:

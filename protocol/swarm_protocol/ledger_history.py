@@ -7,7 +7,7 @@ coordinator has to book it, and each `CreditStatement` in the log is held agains
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from swarm_protocol.errors import InvalidDataError
@@ -56,6 +56,7 @@ class LedgerHistory:
         self._open: Counter[Place] = Counter()
         self._open_of: Counter[bytes] = Counter()
         self._unstated: list[CreditMove] = []
+        self._unstated_entries = 0
         self._due: list[Due] = []
         self._plan_is_next = False
 
@@ -129,16 +130,19 @@ class LedgerHistory:
 
     def forfeit_all(self, cause: Record, peer: bytes) -> None:
         """All that is pending of an identity is lost."""
-        self.forfeit(cause, list(self._pending_of[peer]))
+        self.forfeit(cause, list(self._pending_of.get(peer, ())))
 
     def settle(self, cause: Record) -> None:
         """What is due, and in no open audit, stays. At the end all is due but of those with any audit open."""
         if self.ended is not None:
-            due = (place for place in self._places() if not self._open_of[self._pending[place[0]][place[1]][0]])
+            due = [place for peer, places in self._pending_of.items() if not self._open_of[peer] for place in places]
         else:
             last = self.sealed_rounds - 1 - self._spec.audit.horizon
-            due = (place for place in self._places() if place[0] <= last and not self._open[place])
-        self._move(Move.SETTLED, cause, self._still_pending(list(due)))
+            rounds = [number for number in self._pending if number <= last]
+            due = [
+                (number, slot) for number in rounds for slot in self._pending[number] if not self._open[number, slot]
+            ]
+        self._move(Move.SETTLED, cause, self._still_pending(due))
 
     def end(self, record: RunEnd) -> None:
         """No round follows."""
@@ -178,16 +182,17 @@ class LedgerHistory:
         balances = tree(self.balances.values())
         number = max(self.sealed_rounds - 1, 0)
         self._due.append(Due(self.checkpoint, number, tuple(self._unstated), balances.root(), balances.size))
-        self._unstated = []
+        self._unstated, self._unstated_entries = [], 0
 
     def _move(self, move: Move, cause: Record, items: list[tuple[int, int, bytes, int]]) -> None:
         items.sort(key=lambda item: item[:2])
         for start in range(0, len(items), MAX_MOVES):
             some = items[start : start + MAX_MOVES]
-            if not fits(len(self._unstated) + 1, sum(len(one.entries) for one in self._unstated) + len(some)):
+            if not fits(len(self._unstated) + 1, self._unstated_entries + len(some)):
                 self._cut()
             entries = tuple(CreditEntry(round=number, slot=slot, megaflops=work) for number, slot, _, work in some)
             self._unstated.append(CreditMove(move=move, cause=cause.hash, entries=entries))
+            self._unstated_entries += len(entries)
             for item in some:
                 self._book(move, *item)
 
@@ -200,15 +205,14 @@ class LedgerHistory:
             return
         del self._pending[number][slot]
         self._pending_of[peer].remove((number, slot))
+        if not self._pending_of[peer]:
+            del self._pending_of[peer]
         if not self._pending[number]:
             del self._pending[number]
         if move is Move.SETTLED:
             self.balances[peer] = replace(before, pending=before.pending - work, settled=before.settled + work)
         else:
             self.balances[peer] = replace(before, pending=before.pending - work, forfeited=before.forfeited + work)
-
-    def _places(self) -> Iterator[Place]:
-        return ((number, slot) for number, slots in self._pending.items() for slot in slots)
 
     def _still_pending(self, places: Iterable[Place]) -> list[tuple[int, int, bytes, int]]:
         return [

@@ -473,7 +473,8 @@ async def listening(app: FastAPI) -> AsyncIterator[str]:
         try:
             yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         finally:
-            app.state.service.stop_waiting()
+            for service in app.state.services:
+                service.stop_waiting()
             server.should_exit = True
             await task
 

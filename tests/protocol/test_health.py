@@ -156,6 +156,15 @@ def test_metrics_are_for_this_machine_unless_they_are_public(
     play(make_cast(), script, address=address, metrics_public=public)
 
 
+def test_a_proxy_on_this_machine_says_who_asks(make_cast: MakeCast, play: Play) -> None:
+    async def script(api: Api) -> None:
+        for forwarded, status in (("192.0.2.7", 403), ("127.0.0.1, 192.0.2.7", 403), ("::1", 200)):
+            answer = await api.http.get("/metrics", headers={"x-forwarded-for": forwarded})
+            assert answer.status_code == status
+
+    play(make_cast(), script, listen=True)
+
+
 def test_every_application_counts_for_itself(make_cast: MakeCast, play: Play) -> None:
     cast = make_cast()
 

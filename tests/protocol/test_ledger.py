@@ -225,6 +225,9 @@ def test_a_run_may_end_early_and_then_nothing_drives_it_on(make_stage: MakeStage
     history = followed(stage, [*log, signed(stage, end)])
     assert history.ledger.ended == end
     assert history.ledger.overdue  # what was earned has to be stated now
+    sealed = next(place for place, one in enumerate(log) if isinstance(one.open(), RoundManifest))
+    with pytest.raises(InvalidDataError, match="the run's end comes before the draw of round 0"):
+        followed(stage, [*log[: sealed + 1], signed(stage, end)])
     plan = next(one for one in log if isinstance(one.open(), RoundPlan))
     early = RunEnd(run=stage.cast.run, round=0, root=bytes.fromhex(stage.cast.spec.checkpoint), reason="enough")
     with pytest.raises(InvalidDataError, match="after the run's end"):

@@ -10,7 +10,6 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import jsonschema_rs
@@ -40,7 +39,7 @@ QUIET = settings(
 # The document is the same whatever the run.
 schemathesis.openapi.media_type(CBOR, st.binary(max_size=300))
 schema = schemathesis.openapi.from_dict(
-    create_app(SimpleNamespace()).openapi(),  # type: ignore[arg-type]
+    create_app().openapi(),
     config=SchemathesisConfig.from_dict({"seed": 7, "generation": {"database": "none"}}),
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,7 @@ from swarm_protocol.records import (
     BeaconReveal,
     CreditStatement,
     Envelope,
+    LogHead,
     NonceOpening,
     Outcome,
     Record,
@@ -145,7 +147,17 @@ def test_an_honest_coordinator_says_what_follows_from_its_log(played: Any, tmp_p
 )
 def test_what_is_said_against_the_log_is_named(played: Any, tmp_path: Path, change: str, named: str) -> None:
     found(verified(played, tmp_path, lambda connection: connection.execute(text(change))), named)
-    assert not (tmp_path / HEADS_FILE).exists()
+    assert (tmp_path / HEADS_FILE).exists()  # the log itself is right
+
+
+def test_the_head_that_is_kept_is_signed(played: Any, tmp_path: Path) -> None:
+    size, root = played.journal.log_head
+    verified(played, tmp_path)
+    ((name, kept),) = json.loads((tmp_path / HEADS_FILE).read_text()).items()
+    assert name == f"{played.cast.run.hex()}/{played.cast.spec.coordinator}"
+    owner = bytes.fromhex(played.cast.spec.coordinator)
+    head = Envelope.decode(bytes.fromhex(kept["signed"])).open_as(LogHead, run=played.cast.run, key=owner)
+    assert (head.sequence, head.root.hex()) == (kept["size"], kept["root"]) == (size, root.hex())
 
 
 def test_altered_credit_in_a_signed_statement_is_found(played: Any, tmp_path: Path) -> None:
@@ -173,6 +185,7 @@ def test_a_signed_statement_that_does_not_follow_is_found(
 ) -> None:
     changed(played, resigned(played, leaf_of(played, CreditStatement, -1), **changes))
     found(verified(played, tmp_path), named)
+    assert not (tmp_path / HEADS_FILE).exists()
 
 
 @pytest.mark.parametrize("at", [0, -1])

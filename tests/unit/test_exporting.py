@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -142,6 +143,23 @@ def test_a_missing_package_is_named_with_the_command(
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ConfigurationError, match=r"pip install 'swarm-node\[coordinator,metrics\]'"):
         sink(run_spec, tmp_path)
+
+
+def test_weights_and_biases_says_itself_where_to_go_on(run_spec: RunSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    logged: list[tuple[dict[str, Any], int]] = []
+    started: list[dict[str, Any]] = []
+
+    def init(**options: Any) -> SimpleNamespace:
+        started.append(options)
+        return SimpleNamespace(step=7, log=lambda values, step, commit: logged.append((values, step)))
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    sink = WeightsAndBiases(run_spec, "swarm")
+    assert sink.next_round == 7
+    assert (started[0]["project"], started[0]["resume"]) == ("swarm", "allow")
+    assert run_spec.run_id.hex().startswith(started[0]["id"])
+    sink.write(RoundMetrics(7, {"loss/held_out": 3.5}, {"sample": "gold"}))
+    assert logged == [({"loss/held_out": 3.5, "sample": "gold"}, 7)]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

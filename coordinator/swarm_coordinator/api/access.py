@@ -34,13 +34,16 @@ def the_run(request: Request, run_id: Annotated[str, Path(description="the run's
     Raises:
         RefusedError: another run.
     """
-    service = request.app.state.service
-    assert isinstance(service, Service)
-    if run_id != service.spec.run_id.hex():
-        raise RefusedError(
-            f"there is no run {run_id} here, only {service.spec.run_id.hex()}", status=404, code="no-such-run"
-        )
-    return service
+    found = next((service for service in served(request) if service.spec.run_id.hex() == run_id), None)
+    if found is None:
+        runs = ", ".join(service.spec.run_id.hex() for service in served(request))
+        raise RefusedError(f"there is no run {run_id} here, only {runs}", status=404, code="no-such-run")
+    return found
+
+
+def served(request: Request) -> list[Service]:
+    """The services of all runs that are served here."""
+    return list(request.app.state.services)
 
 
 TheRun = Annotated[Service, Depends(the_run)]

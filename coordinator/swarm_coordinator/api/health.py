@@ -10,6 +10,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
+from swarm_coordinator.api.access import served
 from swarm_coordinator.api.limits import TheDesk, address_of
 from swarm_coordinator.api.metrics import Metrics
 from swarm_coordinator.api.models import Health
@@ -37,9 +38,10 @@ async def health() -> Health:
     responses=documented(503),
 )
 async def ready(request: Request, desk: TheDesk) -> Health:
-    reason = await _unready(_service(request), desk.limits.min_free_bytes)
-    if reason is not None:
-        raise LimitedError(reason, status=503, code="not-ready", retry_after_s=RETRY_S)
+    for service in served(request):
+        reason = await _unready(service, desk.limits.min_free_bytes)
+        if reason is not None:
+            raise LimitedError(reason, status=503, code="not-ready", retry_after_s=RETRY_S)
     return Health()
 
 
@@ -59,7 +61,7 @@ async def metrics(request: Request, desk: TheDesk) -> Response:
         raise RefusedError("metrics are for the coordinator's own machine", status=403, code="not-public")
     found = request.app.state.metrics
     assert isinstance(found, Metrics)
-    return Response(await found.scrape(_service(request), desk), media_type=CONTENT_TYPE_LATEST)
+    return Response(await found.scrape(served(request), desk), media_type=CONTENT_TYPE_LATEST)
 
 
 async def _unready(service: Service, min_free_bytes: int) -> str | None:
@@ -82,9 +84,3 @@ async def _unready(service: Service, min_free_bytes: int) -> str | None:
     if free_bytes < min_free_bytes:
         return f"the disk is full: {free_bytes >> 20} MiB are free, at least {min_free_bytes >> 20} are needed"
     return None
-
-
-def _service(request: Request) -> Service:
-    service = request.app.state.service
-    assert isinstance(service, Service)
-    return service

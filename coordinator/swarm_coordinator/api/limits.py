@@ -129,10 +129,11 @@ class Desk:
         """
         if accepted and isinstance(record, OFFICIAL):
             self._officers.add(key)
-        if record.hash in self._charged and not isinstance(record, Ready):
+        name = key + record.hash
+        if name in self._charged and not isinstance(record, Ready):
             return
         self.identities.spend(key)
-        self._charged[record.hash] = None
+        self._charged[name] = None
         if len(self._charged) > self.limits.remembered:
             self._charged.popitem(last=False)
 

@@ -5,6 +5,7 @@ Counters and histograms are kept as things happen; what describes the run is rea
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
@@ -48,31 +49,32 @@ class Metrics:
         self.commits = Histogram(
             f"{PREFIX}_commit_duration_seconds", "Transactions of the writer.", buckets=BUCKETS_S, registry=registry
         )
-        self._leaves = self._gauge("log_leaves", "Size of the run's log.")
-        self._round = self._gauge("round", "The current round.")
-        self._present = self._gauge("nodes_present", "Nodes in good standing that were heard of lately.")
+        self._leaves = self._gauge("log_leaves", "Size of the run's log.", "run")
+        self._round = self._gauge("round", "The current round.", "run")
+        self._present = self._gauge("nodes_present", "Nodes in good standing that were heard of lately.", "run")
         self._polls = self._gauge("long_polls", "Requests that wait for something.")
         self._listeners = self._gauge("event_listeners", "Who follows the events.")
-        self._tick_age = self._gauge("clock_age_seconds", "Since the run's clock ticked last.")
-        self._audits = self._gauge("audits", "Audits of contributions and averages.", "outcome")
-        self._loss = self._gauge("checkpoint_loss_nats", "Held-out loss of the newest evaluated checkpoint, per token.")
-        self._credit = self._gauge("credit_megaflops", "Credit of all identities.", "status")
+        self._tick_age = self._gauge("clock_age_seconds", "Since the run's clock ticked last.", "run")
+        self._audits = self._gauge("audits", "Audits of contributions and averages.", "run", "outcome")
+        self._loss = self._gauge("checkpoint_loss_nats", "Held-out loss of the newest evaluated checkpoint.", "run")
+        self._credit = self._gauge("credit_megaflops", "Credit of all identities.", "run", "status")
 
-    async def scrape(self, service: Service, desk: Desk) -> bytes:
-        """All of it as text."""
-        reading = await service.read(_read)
-        self._leaves.set(service.log_head[0])
-        self._round.set(service.state.round)
-        self._present.set(len(service.state.nodes))
+    async def scrape(self, services: Iterable[Service], desk: Desk) -> bytes:
+        """All of it as text; runs are told apart by the first half of their id."""
         self._polls.set(desk.waiting.total())
         self._listeners.set(desk.listening.total())
-        self._tick_age.set(service.tick_age_s)
-        for outcome, count in reading.audits.items():
-            self._audits.labels(outcome).set(count)
-        if reading.loss_nats is not None:
-            self._loss.set(reading.loss_nats)
-        for status, megaflops in reading.credit.items():
-            self._credit.labels(status).set(megaflops)
+        for service in services:
+            run, reading = service.spec.run_id.hex()[:32], await service.read(_read)
+            self._leaves.labels(run).set(service.log_head[0])
+            self._round.labels(run).set(service.state.round)
+            self._present.labels(run).set(len(service.state.nodes))
+            self._tick_age.labels(run).set(service.tick_age_s)
+            for outcome, count in reading.audits.items():
+                self._audits.labels(run, outcome).set(count)
+            if reading.loss_nats is not None:
+                self._loss.labels(run).set(reading.loss_nats)
+            for status, megaflops in reading.credit.items():
+                self._credit.labels(run, status).set(megaflops)
         return generate_latest(self.registry)
 
     def _gauge(self, name: str, says: str, *labels: str) -> Gauge:

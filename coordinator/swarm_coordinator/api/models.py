@@ -10,6 +10,7 @@ from swarm_coordinator.rounds import Phase
 from swarm_protocol.records import Comparison, Outcome, SketchFault
 
 Hex = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="32 bytes in hex", examples=["6c1f" * 16])]
+Name = Annotated[str, Field(examples=["lab-3"])]
 PeerID = Annotated[
     str, Field(description="libp2p PeerID", examples=["12D3KooWDpJ7As7BWAwRMfu1VU2WCqNjvq387JEYKDBj4kx6nXTN"])
 ]
@@ -21,7 +22,7 @@ class Health(BaseModel):
 
 class RunSummary(BaseModel):
     run_id: Hex
-    name: str
+    name: Name
     protocol: int
     round: int
     rounds: int
@@ -44,8 +45,8 @@ class Credit(BaseModel):
 
 class NodeStatus(BaseModel):
     peer: PeerID
-    name: str
-    device: str
+    name: Name
+    device: Annotated[str, Field(examples=["cpu"])]
     standing: Literal["good", "ended"]
     reason: str | None = Field(description="why the standing ended")
     last_seen_ms: int
@@ -98,7 +99,7 @@ class AuditCounts(OutcomeCounts):
 
 class Rejected(BaseModel):
     peer: PeerID
-    name: str
+    name: Name
     round: int
     slot: int
     part: int | None = Field(description="where it is an average that was rejected, and not a contribution")
@@ -107,7 +108,7 @@ class Rejected(BaseModel):
 
 class EquivocationSummary(BaseModel):
     peer: PeerID
-    name: str
+    name: Name
     round: int
     kind: str = Field(description="of the two records that it signed under one name")
     reporter: PeerID
@@ -116,7 +117,7 @@ class EquivocationSummary(BaseModel):
 
 class RunStatus(BaseModel):
     run_id: Hex
-    name: str
+    name: Name
     protocol: int
     numerics: str
     coordinator: Hex = Field(description="the key that signs plans, manifests and beacon values")
@@ -200,7 +201,7 @@ class LogProof(BaseModel):
 class SlotDetail(BaseModel):
     slot: int
     peer: PeerID
-    name: str
+    name: Name
     steps: int
     weight: int = Field(description="tokens")
     reducer: bool

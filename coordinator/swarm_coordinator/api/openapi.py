@@ -7,12 +7,13 @@ from typing import Any
 
 from fastapi import FastAPI
 
+from swarm_coordinator.api.models import LogEvent
 from swarm_coordinator.api.problems import ANYWHERE, Problem, documented
 from swarm_protocol.identity import Identity
 from swarm_protocol.records import Envelope, Ready
 
+EVENTS = "/v1/runs/{run_id}/events"
 HEX = "6c1f" * 16
-PEER = "12D3KooWDpJ7As7BWAwRMfu1VU2WCqNjvq387JEYKDBj4kx6nXTN"
 
 
 def install(app: FastAPI) -> None:
@@ -73,12 +74,18 @@ def record_examples() -> dict[str, Any]:
 
 def _completed(document: dict[str, Any]) -> dict[str, Any]:
     components = document.setdefault("components", {}).setdefault("schemas", {})
-    components["Problem"] = Problem.model_json_schema()
+    for model in (Problem, LogEvent):
+        components[model.__name__] = model.model_json_schema()
     for name in ("HTTPValidationError", "ValidationError"):
         components.pop(name, None)
     for schema in components.values():
         if schema.get("type") == "object":
             schema["examples"] = [example_of(schema, components)]
+    event = document["paths"][EVENTS]["get"]["responses"]["200"]["content"]["text/event-stream"]["itemSchema"]
+    event["properties"]["data"] |= {
+        "contentMediaType": "application/json",
+        "contentSchema": {"$ref": "#/components/schemas/LogEvent"},
+    }
     for operations in document["paths"].values():
         for operation in operations.values():
             for status, response in documented(*ANYWHERE).items():

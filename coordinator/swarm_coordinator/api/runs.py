@@ -6,11 +6,20 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
 
-from swarm_coordinator.api.access import CBOR, Hash, IfNoneMatch, TheRun, binary, get_and_head, missing, unchanging
+from swarm_coordinator.api.access import (
+    CBOR,
+    Hash,
+    IfNoneMatch,
+    TheRun,
+    binary,
+    get_and_head,
+    missing,
+    served,
+    unchanging,
+)
 from swarm_coordinator.api.models import LogHead, LogProof, RunStatus, RunSummary
 from swarm_coordinator.api.problems import documented
 from swarm_coordinator.api.status import run_status, run_summary
-from swarm_coordinator.service import Service
 from swarm_protocol.records import Envelope, encode_list
 
 MAX_ENTRIES = 256
@@ -23,9 +32,7 @@ router = APIRouter()
 
 @router.get("/v1/runs", tags=["runs"], summary="The runs that are served here")
 async def runs(request: Request) -> list[RunSummary]:
-    service = request.app.state.service
-    assert isinstance(service, Service)
-    return [run_summary(service.spec, service.state)]
+    return [run_summary(service.spec, service.state) for service in served(request)]
 
 
 @router.get("/v1/runs/{run_id}", tags=["runs"], summary="Where a run is", responses=documented(404, 422))

@@ -20,6 +20,7 @@ from swarm_coordinator.api.problems import internal
 log = logging.getLogger(__name__)
 
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+# Others are counted as one, so that nobody can make new ones up; a status is `none` where the client left before.
 METHODS = ("GET", "HEAD", "POST", "OPTIONS", "PUT", "PATCH", "DELETE")
 
 
@@ -63,7 +64,7 @@ class Watch:
                 duration_s = time.perf_counter() - started_s
                 method = scope["method"] if scope["method"] in METHODS else "other"
                 if not stream:
-                    self._metrics.requests.labels(_template(scope), method, str(status)).observe(duration_s)
+                    self._metrics.requests.labels(_template(scope), method, str(status or "none")).observe(duration_s)
                 log.debug("%s %s %d %.1f ms", scope["method"], scope["path"], status, 1000 * duration_s)
 
 

@@ -16,7 +16,10 @@ class Base(DeclarativeBase):
 
 
 class RunRow(Base):
-    """`alive_ms` is when the coordinator last wrote: what was missed since then is given back on a restart."""
+    """`alive_ms` is when the coordinator last wrote: what was missed since then is given back on a restart.
+
+    `driver` is who may write: a name that each process that takes the run over makes up anew.
+    """
 
     __tablename__ = "runs"
 
@@ -24,6 +27,7 @@ class RunRow(Base):
     spec: Mapped[bytes]
     created_ms: Mapped[int]
     alive_ms: Mapped[int]
+    driver: Mapped[str | None] = mapped_column(default=None)
 
 
 class RecordRow(Base):
@@ -168,6 +172,7 @@ class AuditRow(Base):
     """
 
     __tablename__ = "audits"
+    __table_args__ = (Index("audits_by_outcome", "run", "outcome", "peer"),)
 
     run: Mapped[bytes] = mapped_column(ForeignKey(RunRow.id), primary_key=True)
     round: Mapped[int] = mapped_column(primary_key=True)
@@ -279,6 +284,19 @@ class AllowedRow(Base):
     run: Mapped[bytes] = mapped_column(ForeignKey(RunRow.id), primary_key=True)
     key: Mapped[bytes] = mapped_column(primary_key=True)
     label: Mapped[str] = mapped_column(default="")
+
+
+class InboxRow(Base):
+    """A record that a process was given which does not drive the run, and the driver's answer to it, in JSON."""
+
+    __tablename__ = "inbox"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    run: Mapped[bytes] = mapped_column(ForeignKey(RunRow.id))
+    envelope: Mapped[bytes]
+    token: Mapped[str | None]
+    asked_ms: Mapped[int]
+    answer: Mapped[str | None] = mapped_column(default=None)
 
 
 class OrderRow(Base):

@@ -95,6 +95,7 @@ def upgrade() -> None:
     op.add_column("credit", sa.Column("megaflops", INTEGER, nullable=False, server_default="0"))
     op.add_column("credit", sa.Column("team", sa.String(), nullable=False, server_default=""))
     op.add_column("credit", sa.Column("commitment", sa.LargeBinary(), nullable=False, server_default=""))
+    op.create_index("audits_by_outcome", "audits", ["run", "outcome", "peer"], unique=False)
     op.create_index("credit_by_peer", "credit", ["run", "peer"], unique=False)
     op.create_index("credit_by_status", "credit", ["run", "status", "round"], unique=False)
     op.add_column("nodes", sa.Column("team", sa.String(), nullable=False, server_default=""))

@@ -21,6 +21,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from swarm_coordinator.db.engine import open_database
+from swarm_coordinator.db.leadership import Leadership
 from swarm_coordinator.db.tables import OrderRow, RunRow
 from swarm_coordinator.run_directory import RunDirectory
 from swarm_protocol.errors import ConfigurationError, InvalidDataError
@@ -83,7 +84,16 @@ def _answer(engine: Engine, number: int) -> str | None:
 
 
 def is_served(home: RunDirectory) -> bool:
-    """Whether a coordinator serves the run from this directory."""
+    """Whether a coordinator serves the run: from this directory, or anywhere if several may share its database."""
+    if home.shared():
+        engine = open_database(home.database_url())
+        try:
+            office = Leadership(engine, home.spec().run_id)
+            vacant = office.acquire()
+            office.release()
+            return not vacant
+        finally:
+            engine.dispose()
     try:
         descriptor = os.open(home.lock_file, os.O_RDWR)
     except FileNotFoundError:

@@ -88,11 +88,6 @@ class Service:
         return self._journal.log_head
 
     @property
-    def recovering(self) -> bool:
-        """Whether the run was restored from a backup, and nodes are asked for what was signed last."""
-        return self._journal.recovering
-
-    @property
     def failure(self) -> str | None:
         """Why this run cannot be served any more, if that is so."""
         return self._journal.failure

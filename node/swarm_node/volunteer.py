@@ -13,13 +13,13 @@ import logging
 import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
 
 from swarm_node import contribution as contributions
 from swarm_node import evidence, reduction_evidence
+from swarm_node.activity import Activity
 from swarm_node.averages import Averages
 from swarm_node.conduct import HONEST, Conduct
 from swarm_node.contribution import Contribution, Progress
@@ -47,26 +47,6 @@ POLL_S = 15.0
 CANCELLATIONS = 10
 
 T = TypeVar("T")
-
-
-@dataclass
-class Activity:
-    """What the node is doing, as `status.json` shows it."""
-
-    name: str
-    peer: str
-    run: str
-    state: str = "starting"
-    round: int = 0
-    step: int = 0
-    steps: int = 0
-    loss: float | None = None
-    contributions: int = 0
-    place: str = ""
-    checkpoint: dict[str, Any] = field(default_factory=dict)
-    bytes_sent: int = 0
-    bytes_received: int = 0
-    exchange: dict[str, Any] = field(default_factory=dict)
 
 
 class Volunteer:
@@ -137,9 +117,8 @@ class Volunteer:
                 status = await self._patiently(self._client.status)
                 checkpoint = await self._catch_up()
                 if status["phase"] == "finished" and checkpoint.round == status["round"]:
-                    why = "" if checkpoint.round == self._spec.rounds.count else f", {status['ended']}"
-                    root = checkpoint.root.hex()[:12]
-                    self._say(f"The run is finished{why}: {checkpoint.round} rounds, checkpoint {root}.")
+                    held = f"{checkpoint.round} rounds, checkpoint {checkpoint.root.hex()[:12]}"
+                    self._say(f"The run is finished, {status['ended']}: {held}.")
                     break
                 try:
                     plan = await self._wait_for_plan(checkpoint)
@@ -159,20 +138,19 @@ class Volunteer:
     # Joining
 
     async def _register(self) -> None:
-        name = self.progress.name
         await self._sign_next_and_post(
             lambda sequence: Registration(
                 run=self._spec.run_id,
                 round=0,
                 sequence=sequence,
                 protocol=PROTOCOL_VERSION,
-                name=name,
+                name=self.progress.name,
                 agent=f"swarm-node {__version__}",
                 device=str(self._fingerprint.get("device_name", self._device))[:100],
                 fingerprint=fingerprint_hash(self._fingerprint),
             )
         )
-        self._say(f"Joined {self._spec.name!r} as {name} ({self.progress.peer}).")
+        self._say(f"Joined {self._spec.name!r} as {self.progress.name} ({self.progress.peer}).")
 
     async def _stay_connected(self) -> None:
         """Keep our addresses in the DHT and a connection to the bootstrap peer, which may restart."""
@@ -235,9 +213,6 @@ class Volunteer:
         self._tell("waiting for the round to start", round=checkpoint.round)
         pause_s = min(POLL_S, self._spec.rounds.presence_s / 3)
         while not self._stopping.is_set():
-            if checkpoint.round == self._spec.rounds.count:
-                await self._unless_stopping(asyncio.sleep(0.5))
-                return None
             try:
                 await self._sign_next_and_post(
                     lambda sequence: Ready(

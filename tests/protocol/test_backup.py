@@ -291,3 +291,41 @@ def test_backup_and_restore_are_commands(stage: Any, tmp_path: Path) -> None:
     assert "every signed head fits" in said
     assert "put the folder `objects` here" in said
     assert "restored from a backup" in command("status", tmp_path / "again")
+
+
+@pytest.mark.swarm
+def test_with_postgresql_the_database_is_restored_first(stage: Any, tmp_path: Path, postgres: Any) -> None:
+    cast = stage.cast
+    empty = config.CoordinatorConfig().changed("database", url=postgres.database())
+    config.write(cast.home.config_file, empty)
+    found = backup.backup(cast.home, tmp_path / "run.tar", objects=False)
+    assert not found.has_database
+    with pytest.raises(ConfigurationError, match="with pg_restore"):
+        backup.restore(tmp_path / "run.tar", tmp_path / "again")
+    Journal.open(cast.home, cast.now_ms).close()
+    backup.restore(tmp_path / "run.tar", tmp_path / "again")
+    journal = Journal.open(RunDirectory(tmp_path / "again"), cast.now_ms)
+    assert journal.recovering
+    journal.close()
+
+
+def test_a_database_elsewhere_and_objects_elsewhere_come_home(stage: Any, tmp_path: Path) -> None:
+    cast = stage.cast
+    stage.journal.close()
+    moved, folder = tmp_path / "elsewhere.db", tmp_path / "objects elsewhere"
+    cast.home.database.rename(moved)
+    cast.home.objects.rename(folder)
+    there = config.CoordinatorConfig().changed("database", url=f"sqlite:///{moved}")
+    config.write(cast.home.config_file, there.changed("objects", url=folder.as_uri()))
+    home = restored(stage, tmp_path, objects=True)
+    assert home.config().database.url is home.config().objects.url is None
+    names = {path.name for path in folder.rglob("*") if path.is_file()}
+    assert {path.name for path in home.objects.rglob("*") if path.is_file()} == names
+    assert home.database.exists()
+
+
+def test_objects_in_a_bucket_are_backed_up_there(stage: Any, tmp_path: Path) -> None:
+    config.write(stage.cast.home.config_file, config.CoordinatorConfig().changed("objects", url="s3://bucket/run"))
+    with pytest.raises(ConfigurationError, match="back them up there"):
+        backup.backup(stage.cast.home, tmp_path / "run.tar", objects=True)
+    assert not backup.backup(stage.cast.home, tmp_path / "run.tar", objects=False).has_objects

@@ -28,6 +28,7 @@ from swarm_coordinator import owner
 from swarm_coordinator.journal import Journal
 from swarm_coordinator.rounds import Phase
 from swarm_protocol.errors import ConfigurationError, RefusedError
+from swarm_protocol.history import History
 from swarm_protocol.identity import Identity, peer_id
 from swarm_protocol.records import Ban, RunEnd
 
@@ -49,6 +50,14 @@ def ordered(stage: Any, kind: str, **argument: str) -> str:
 def answers(cast: Any) -> list[str]:
     with owner.transaction(cast.home) as (session, _):
         return [row.answer for row in session.query(owner.OrderRow).order_by(owner.OrderRow.id)]
+
+
+def verified(stage: Any) -> History:
+    """What anybody makes of the log."""
+    history = History(stage.cast.spec)
+    for envelope in stage.log():
+        history.add(envelope)
+    return history
 
 
 @ON_EVERY_DATABASE
@@ -91,6 +100,7 @@ def test_a_run_that_is_stopped_ends_with_a_signed_record(make_stage: MakeStage) 
         stage.submit(stage.cast.ready(stage.standing[0], 1, stage.journal.state.base))
     assert refused.value.code == "run-finished"
     assert ordered(stage, "pause") == "the run has finished; nothing was changed"
+    verified(stage)
 
 
 @ON_EVERY_DATABASE
@@ -111,6 +121,7 @@ def test_who_is_banned_loses_its_slot_at_once_and_its_standing_for_good(make_sta
     assert "it has not registered" in ordered(stage, "ban", key=stranger.hex(), reason="who?")
     with pytest.raises(RefusedError, match="spam"):
         stage.submit(stage.cast.registration(stage.standing[0], sequence=1))
+    assert verified(stage).account(key).ended == "spam"
 
 
 @pytest.mark.parametrize(("kind", "argument"), [("dance", "{}"), ("ban", "{}"), ("ban", "no json"), ("ban", "[]")])

@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 
 from fastapi import APIRouter
 
+from swarm_coordinator import recovery
 from swarm_coordinator.admission import finished
 from swarm_coordinator.api.access import Hash, TheRun
 from swarm_coordinator.api.models import Place
@@ -37,14 +38,12 @@ async def place(run: TheRun, key: Hash) -> Place:
     peer = bytes.fromhex(key)
 
     def query(archive: Archive) -> Place:
-        return place_of(run.spec, run.state, archive.node(peer), lambda: _line(run), run.now_ms)
+        found = place_of(run.spec, run.state, archive.node(peer), lambda: _line(run), run.now_ms)
+        if recovery.is_pending(archive):
+            found.sentence = "the run was restored from a backup, and its nodes are asked for what was signed last"
+        return found
 
-    found = await run.read(query)
-    if run.recovering:
-        found.sentence = (
-            "the run was restored from a backup, and goes on once its nodes were asked for what was signed last"
-        )
-    return found
+    return await run.read(query)
 
 
 def place_of(spec: RunSpec, state: State, row: NodeRow | None, line_now: Callable[[], Line], now_ms: int) -> Place:

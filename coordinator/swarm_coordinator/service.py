@@ -41,6 +41,9 @@ log = logging.getLogger(__name__)
 TICK_S = 0.25
 ALIVE_S = 2.0
 MAX_GROUP = 256
+LINGER_S = 0.005
+"""How long the writer waits for company: a transaction costs some milliseconds, however many records are in it."""
+
 SMALL_BYTES = 1 << 13
 
 T = TypeVar("T")
@@ -150,6 +153,11 @@ class Service:
     def tick_age_s(self) -> float:
         """How long ago the clock ticked last."""
         return self._loop.time() - self._ticked_s
+
+    @property
+    def recovering(self) -> bool:
+        """Whether the run was restored, and nodes are asked for what was signed last."""
+        return self._journal.recovering
 
     @property
     def stopping(self) -> bool:
@@ -344,6 +352,8 @@ class Service:
 
     async def _drain(self) -> None:
         while self._waiting:
+            if len(self._waiting) < MAX_GROUP:
+                await asyncio.sleep(LINGER_S)
             group = self._waiting[:MAX_GROUP]
             del self._waiting[:MAX_GROUP]
             changes = [change for change, _ in group]

@@ -6,10 +6,11 @@ answer that says nothing about caching is not to be stored, and one to HEAD has 
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
+import secrets
 import time
-import uuid
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.contextvars import bound_contextvars
@@ -19,6 +20,8 @@ from swarm_coordinator.api.problems import internal
 
 log = logging.getLogger(__name__)
 
+_PROCESS = secrets.token_hex(6).encode()
+_COUNT = itertools.count()
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 # Others are counted as one, so that nobody can make new ones up; a status is `none` where the client left before.
 METHODS = ("GET", "HEAD", "POST", "OPTIONS", "PUT", "PATCH", "DELETE")
@@ -70,7 +73,7 @@ class Watch:
 
 def _request_id(scope: Scope) -> bytes:
     given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
-    return given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex.encode()
+    return given if REQUEST_ID.fullmatch(given) else b"%s-%x" % (_PROCESS, next(_COUNT))
 
 
 def _template(scope: Scope) -> str:

@@ -36,6 +36,7 @@ from swarm_protocol.records import Role
 log = logging.getLogger(__name__)
 
 BACKLOG = 2048
+KEEP_ALIVE_S = 75
 APPOINTMENTS_S = 2.0
 FAILURE_S = 0.25
 LOCK_S = 0.5
@@ -142,6 +143,7 @@ class _Server(uvicorn.Server):
             access_log=False,
             lifespan="off",
             timeout_graceful_shutdown=1,
+            timeout_keep_alive=KEEP_ALIVE_S,
             ssl_certfile=serving.tls_certificate,
             ssl_keyfile=serving.tls_key,
             proxy_headers=bool(serving.behind_proxy),

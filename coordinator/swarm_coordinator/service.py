@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from contextvars import copy_context
 from functools import partial
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -61,6 +61,7 @@ class Service:
         self._clock = clock
         self._topics = Topics()
         self._answers = Answers()
+        self._recent: dict[str, tuple[float, object]] = {}
         self._certificates = Certificates(journal.spec)
         self._signed_head = (0, b"")
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="journal")
@@ -265,6 +266,14 @@ class Service:
     async def read(self, query: Callable[[Archive], T]) -> T:
         """Run a query on what is committed."""
         return await asyncio.to_thread(self._journal.read, query)
+
+    async def recent(self, name: str, query: Callable[[Archive], T], age_s: float) -> T:
+        """What a query found at most so long ago; it is known by its name."""
+        now_s = self._loop.time()
+        found = self._recent.get(name)
+        if found is None or now_s - found[0] > age_s:
+            found = self._recent[name] = (now_s, await self.read(query))
+        return cast(T, found[1])
 
     async def lasting(self, topic: str, query: Callable[[Archive], bytes | None], wait_s: float) -> bytes | None:
         """As `poll`, for what never changes once it is there: however many wait, one query is made per wake-up."""

@@ -161,10 +161,10 @@ class Volunteer:
                 if time.monotonic() - announced_at > ADDRESS_TTL_S / 3:
                     await self._announce(tuple(addresses[:16]))
                     announced_at = time.monotonic()
-                status = await self._client.status()
-                if status.get("recovering"):
+                peers, recovering = await self._client.peers()
+                if recovering:
                     await self._client.hand_in()
-                self._bootstrap = status["peers"] or self._bootstrap
+                self._bootstrap = peers or self._bootstrap
                 await self._plane.dial(self._bootstrap)
             except (SwarmError, OSError, TimeoutError, ValueError) as error:
                 log.info("the peer plane is not whole yet: %s", error)

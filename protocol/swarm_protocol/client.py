@@ -327,6 +327,14 @@ class CoordinatorClient:
             raise InvalidDataError("the coordinator's status is not an object")
         return status
 
+    async def peers(self) -> tuple[list[str], bool]:
+        """The peer plane's way in, and whether the coordinator wants to be shown what it signed last (`hand_in`)."""
+        value = _json(await self._call("GET", "/peers", MAX_JSON_BYTES))
+        try:
+            return [str(address) for address in value["peers"]], bool(value["recovering"])
+        except (KeyError, TypeError) as error:
+            raise InvalidDataError("the coordinator's peers are not a list of addresses") from error
+
     async def node(self, key: bytes) -> dict[str, Any]:
         """An identity as JSON (see the API's `NodeStatus`)."""
         node = _json(await self._call("GET", f"/nodes/{key.hex()}", MAX_JSON_BYTES))

@@ -91,11 +91,12 @@ def test_metrics_tell_what_came_in_and_how_far_the_run_is(make_cast: MakeCast, p
         await api.get("/rounds/0/plan")
         await api.http.get("/nowhere/at/all")
         found = await values(api)
-        assert found["log_leaves", ()] == api.service.log_head[0]
-        assert found["round", ()] == 1
-        assert found["nodes_present", ()] == 2
-        assert found["checkpoint_loss_nats", ()] == 5.4
-        audits = {labels[0][1]: value for (name, labels), value in found.items() if name == "audits"}
+        run = (("run", cast.run.hex()[:32]),)
+        assert found["log_leaves", run] == api.service.log_head[0]
+        assert found["round", run] == 1
+        assert found["nodes_present", run] == 2
+        assert found["checkpoint_loss_nats", run] == 5.4
+        audits = {dict(labels)["outcome"]: value for (name, labels), value in found.items() if name == "audits"}
         assert sum(audits.values()) == 2
         records = {
             (dict(labels)["kind"], dict(labels)["result"]): value

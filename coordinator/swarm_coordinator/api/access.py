@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Depends, Header, Path, Request, Response
@@ -122,8 +123,12 @@ async def polled_once(
     wait_s: float,
     if_none_match: str | None,
 ) -> Response:
-    """As `polled`, where what is found once never changes."""
-    found = await service.poll(topic, query, wait_s)
+    """As `polled`, with an ETag and headers for caches."""
+    found = await service.lasting(topic, query, wait_s)
     if found is None:
         return Response(status_code=204)
-    return unchanging(found, if_none_match, content_hash(found))
+    return unchanging(found, if_none_match, _hash(found))
+
+
+_hash = lru_cache(maxsize=64)(content_hash)
+"""Thousands ask for the same answer; its bytes know their own hash code, so that only the first one is hashed."""

@@ -30,6 +30,13 @@ class RunSummary(BaseModel):
     nodes: int = Field(description="nodes in good standing that were heard of lately")
 
 
+class Peers(BaseModel):
+    """What nodes ask for every few seconds."""
+
+    peers: list[str] = Field(description="multiaddrs of the peer plane's way in")
+    recovering: bool = Field(description="after a restore: hand in what you hold that the coordinator signed last")
+
+
 class CheckpointName(BaseModel):
     round: int = Field(description="the round that starts from it")
     root: Hex

@@ -263,4 +263,5 @@ def _envelope(archive: Archive, digest: bytes) -> bytes:
 
 
 def _list(archive: Archive, digests: list[bytes]) -> bytes:
-    return encode_list([Envelope.decode(_envelope(archive, digest)) for digest in digests])
+    found = archive.envelopes(digests)
+    return encode_list([Envelope.decode(found[digest]) for digest in digests])

@@ -17,13 +17,14 @@ from swarm_coordinator.api.access import (
     served,
     unchanging,
 )
-from swarm_coordinator.api.models import LogHead, LogProof, RunStatus, RunSummary
+from swarm_coordinator.api.models import LogHead, LogProof, Peers, RunStatus, RunSummary
 from swarm_coordinator.api.problems import documented
-from swarm_coordinator.api.status import run_status, run_summary
+from swarm_coordinator.api.status import run_status, run_summary, way_in
 from swarm_protocol.records import Envelope, encode_list
 
 MAX_ENTRIES = 256
 MAX_ENTRIES_BYTES = 8 << 20
+PEERS_AGE_S = 2.0
 
 LogSize = Annotated[int, Query(ge=0, lt=1 << 62)]
 
@@ -38,6 +39,18 @@ async def runs(request: Request) -> list[RunSummary]:
 @router.get("/v1/runs/{run_id}", tags=["runs"], summary="Where a run is", responses=documented(404, 422))
 async def status(run: TheRun) -> RunStatus:
     return await run.read(lambda archive: run_status(run.spec, run.state, archive))
+
+
+@router.get(
+    "/v1/runs/{run_id}/peers",
+    tags=["runs"],
+    summary="The peer plane's way in",
+    description=f"May be {PEERS_AGE_S:g} s old.",
+    responses=documented(404, 422),
+)
+async def peers(run: TheRun) -> Peers:
+    addresses = await run.recent("peers", way_in, PEERS_AGE_S)
+    return Peers(peers=addresses, recovering=run.recovering)
 
 
 @get_and_head(

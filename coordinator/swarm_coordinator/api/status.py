@@ -78,7 +78,7 @@ def run_status(spec: RunSpec, state: State, archive: Archive) -> RunStatus:
         paused=state.paused,
         ended=state.stopping,
         recovering=recovery.is_pending(archive),
-        peers=_peers(archive),
+        peers=way_in(archive),
         checkpoint=newest_checkpoint(spec, archive),
         parameters=spec.model.num_parameters,
         registered=_registered(archive),
@@ -131,7 +131,7 @@ def round_detail(archive: Archive, number: int) -> RoundDetail | None:
     )
 
 
-def _peers(archive: Archive) -> list[str]:
+def way_in(archive: Archive) -> list[str]:
     newest = archive.newest(Addresses.kind, 1)
     record = opened(newest[0]) if newest else None
     return list(record.multiaddrs) if isinstance(record, Addresses) else []

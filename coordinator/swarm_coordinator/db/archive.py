@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import TypeVar
 
 from sqlalchemy import bindparam, func, select, update
@@ -22,6 +23,17 @@ from swarm_coordinator.db.tables import (
 from swarm_protocol.records import Commitment, CreditStatement, Envelope, Outcome, Record, Role, RunEnd, parse
 
 R = TypeVar("R", bound=Record)
+T = TypeVar("T")
+
+MAX_PARAMETERS = 10_000
+"""Of one statement; both databases take three times as many."""
+
+
+def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """The items in lists of at most so many."""
+    iterator = iter(items)
+    while some := list(islice(iterator, size)):
+        yield some
 
 
 class Archive:
@@ -40,6 +52,15 @@ class Archive:
         """The first record that was stored with this hash."""
         query = select(RecordRow).filter_by(run=self.run, hash=digest).order_by(RecordRow.id).limit(1)
         return self.session.scalar(query)
+
+    def envelopes(self, digests: Collection[bytes]) -> dict[bytes, bytes]:
+        """The encoded Envelopes of these records, by their hash: of each the first that was stored."""
+        found: dict[bytes, bytes] = {}
+        for some in batched(digests, MAX_PARAMETERS):
+            query = select(RecordRow.hash, RecordRow.envelope).where(RecordRow.run == self.run)
+            for row in self.session.execute(query.where(RecordRow.hash.in_(some)).order_by(RecordRow.id)):
+                found.setdefault(row.hash, row.envelope)
+        return found
 
     def of_round(self, kind: str | tuple[str, ...], round_number: int) -> Sequence[RecordRow]:
         """A round's records of one kind, or of several, as they came in."""
@@ -80,8 +101,9 @@ class Archive:
 
     def prefetch(self, keys: Iterable[bytes]) -> None:
         """Load these nodes at once: `node` then asks the database no more in this transaction."""
-        query = select(NodeRow).where(NodeRow.run == self.run, NodeRow.key.in_(list(keys)))
-        self._held += self.session.scalars(query)  # the session itself holds them weakly
+        for some in batched(keys, MAX_PARAMETERS):
+            query = select(NodeRow).where(NodeRow.run == self.run, NodeRow.key.in_(some))
+            self._held += self.session.scalars(query)  # the session itself holds them weakly
 
     def note_seen(self, seen_ms: Mapping[bytes, int]) -> None:
         """Note when nodes were last heard of, by their keys."""

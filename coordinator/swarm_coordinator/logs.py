@@ -42,7 +42,7 @@ def configure(settings: Log, stream: TextIO | None = None) -> None:
         )
     )
     logging.basicConfig(level=settings.level, handlers=[handler], force=True)
-    for name in ("uvicorn", "httpx", "httpcore", "asyncio"):
+    for name in ("uvicorn", "httpx", "httpcore", "asyncio", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
 

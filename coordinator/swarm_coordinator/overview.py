@@ -55,7 +55,7 @@ def page(found: dict[str, Any]) -> str:
     run = found["run"]
     doing = run["phase"]
     if run.get("ended"):
-        doing = f"finished: {run['ended']}"
+        doing = f"finished: {run['ended']}" if doing == "finished" else f"{doing}, the last one: {run['ended']}"
     elif run.get("recovering"):
         doing = "restored from a backup; its nodes are asked for what was signed last"
     elif run.get("paused"):

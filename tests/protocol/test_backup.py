@@ -248,6 +248,7 @@ def test_a_client_hands_in_what_it_has_seen(stage: Any, tmp_path: Path, monkeypa
         async with open_service(home, cast.clock) as service:
             client._http = connected(service)
             assert (await client.status())["recovering"]
+            assert (await client._http.get(f"http://test/v1/runs/{cast.run.hex()}/peers")).json()["recovering"]
             with pytest.raises(UnreachableError, match="restored from a backup"):
                 await client.post(cast.ready(cast.nodes[0], 1, plan.base))
             await client.hand_in()

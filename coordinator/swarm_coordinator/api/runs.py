@@ -20,6 +20,8 @@ from swarm_coordinator.api.access import (
 from swarm_coordinator.api.models import LogHead, LogProof, Peers, RunStatus, RunSummary
 from swarm_coordinator.api.problems import documented
 from swarm_coordinator.api.status import run_status, run_summary, way_in
+from swarm_coordinator.db.archive import Archive
+from swarm_coordinator.recovery import is_pending
 from swarm_protocol.records import Envelope, encode_list
 
 MAX_ENTRIES = 256
@@ -49,8 +51,10 @@ async def status(run: TheRun) -> RunStatus:
     responses=documented(404, 422),
 )
 async def peers(run: TheRun) -> Peers:
-    addresses = await run.recent("peers", way_in, PEERS_AGE_S)
-    return Peers(peers=addresses, recovering=run.recovering)
+    def query(archive: Archive) -> Peers:
+        return Peers(peers=way_in(archive), recovering=is_pending(archive))
+
+    return await run.recent("peers", query, PEERS_AGE_S)
 
 
 @get_and_head(

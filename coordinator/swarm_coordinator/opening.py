@@ -1,6 +1,6 @@
 """Checking signatures beside the event loop: those that come together are checked together, in a thread of their own.
 
-A signature takes a tenth of a millisecond without the interpreter's lock, and handing one over to a thread about half of that.
+A signature takes a tenth of a millisecond without the lock of the interpreter; handing one over to a thread, half of that.
 """
 
 from __future__ import annotations

@@ -23,8 +23,8 @@ from swarm_protocol.records import (
     Outcome,
     PartRecord,
     RoundManifest,
+    record_hash,
 )
-from swarm_protocol.records.base import record_hash
 from swarm_protocol.spec import RunSpec
 
 MakeCast = Callable[..., Any]

@@ -200,7 +200,7 @@ def test_the_dashboard_shows_metrics_that_exist_and_all_of_them(make_cast: MakeC
         for panel in dashboard["panels"]:
             for target in panel["targets"]:
                 used = set(re.findall(r'([a-z_]+)=~?"', target["expr"])) | set(
-                    re.findall(r"[a-z]+", "".join(re.findall(r"by \(([^)]*)\)", target["expr"])))
+                    re.findall(r"[a-z]+", " ".join(re.findall(r"by \(([^)]*)\)", target["expr"])))
                 )
                 assert used - {"instance"} <= labels, target["expr"]
                 told_apart = 'run=~"$run"' in target["expr"]

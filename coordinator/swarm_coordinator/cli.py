@@ -154,7 +154,7 @@ def serve(
     import uvloop
 
     from swarm_coordinator.run_directory import RunDirectory
-    from swarm_coordinator.server import Part
+    from swarm_coordinator.server import Part, prepare_process
     from swarm_coordinator.server import serve as serving
 
     config = RunDirectory(directories[0]).config()
@@ -162,6 +162,7 @@ def serve(
     config = config.changed("log", format=log_format)
     os.environ[LOG_FORMAT] = config.log.format  # for the workers that we start
     logs.configure(config.log)
+    prepare_process()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(serving(directories, config, Part(not no_workers, one_of_several)))
 

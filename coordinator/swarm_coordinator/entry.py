@@ -176,7 +176,7 @@ class Entry:
                 rejected=0,
                 unavailable=0,
             )
-            self._session.add(node)
+            self.archive.add_node(node)
         if invite is not None:
             invite.used += 1
             node.invited = True

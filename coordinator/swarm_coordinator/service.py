@@ -24,6 +24,7 @@ from swarm_coordinator.db.archive import Archive
 from swarm_coordinator.db.engine import open_database
 from swarm_coordinator.journal import Change, Journal, Receipt
 from swarm_coordinator.mirror import Mirror
+from swarm_coordinator.opening import Opener
 from swarm_coordinator.rounds import State
 from swarm_coordinator.run_directory import RunDirectory
 from swarm_coordinator.sharing import ANSWER_S, AWAY, CAMPAIGN_S, INBOX, Sharing, answered, reply
@@ -44,7 +45,6 @@ MAX_GROUP = 256
 LINGER_S = 0.005
 """How long the writer waits for company: a transaction costs some milliseconds, however many records are in it."""
 
-SMALL_BYTES = 1 << 13
 
 T = TypeVar("T")
 
@@ -64,6 +64,7 @@ class Service:
         self._clock = clock
         self._topics = Topics()
         self._answers = Answers()
+        self._opener = Opener()
         self._recent: dict[str, tuple[float, object]] = {}
         self._certificates = Certificates(journal.spec)
         self._signed_head = (0, b"")
@@ -177,7 +178,7 @@ class Service:
             RefusedError: a record that is not accepted, and why.
         """
         envelope = Envelope.decode(data)
-        record = envelope.open() if len(data) <= SMALL_BYTES else await asyncio.to_thread(envelope.open)
+        record = await self._opener.open(envelope)
         checked(envelope, record)
         if self._shared is not None and not self._leads:
             return await self._ask(self._shared, envelope, token)
@@ -337,6 +338,7 @@ class Service:
         self.stop_waiting()
         if self._draining is not None:
             await self._draining
+        self._opener.close()
         await asyncio.to_thread(self._writer.shutdown)
         self._journal.close()
         if self._shared is not None:

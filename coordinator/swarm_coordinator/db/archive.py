@@ -40,7 +40,7 @@ class Archive:
     def __init__(self, session: Session, run: bytes) -> None:
         self.session = session
         self.run = run
-        self._held: list[NodeRow] = []
+        self._known: dict[bytes, NodeRow | None] = {}
 
     def find(self, kind: str, round_number: int, sequence: int, signer: bytes) -> RecordRow | None:
         """The one record under this name, if there is one."""
@@ -103,7 +103,8 @@ class Archive:
         """Load these nodes at once: `node` then asks the database no more in this transaction."""
         for some in batched(keys, MAX_PARAMETERS):
             query = select(NodeRow).where(NodeRow.run == self.run, NodeRow.key.in_(some))
-            self._held += self.session.scalars(query)  # the session itself holds them weakly
+            self._known |= dict.fromkeys(some)
+            self._known |= {node.key: node for node in self.session.scalars(query)}
 
     def note_seen(self, seen_ms: Mapping[bytes, int]) -> None:
         """Note when nodes were last heard of, by their keys."""
@@ -138,7 +139,14 @@ class Archive:
         return record
 
     def node(self, key: bytes) -> NodeRow | None:
+        if key in self._known:
+            return self._known[key]
         return self.session.get(NodeRow, (self.run, key))
+
+    def add_node(self, node: NodeRow) -> None:
+        """A node that registers now."""
+        self.session.add(node)
+        self._known[node.key] = node
 
     def nodes(self) -> Sequence[NodeRow]:
         return self.session.scalars(select(NodeRow).filter_by(run=self.run).order_by(NodeRow.registered_ms)).all()

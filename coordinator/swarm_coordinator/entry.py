@@ -8,7 +8,6 @@ there or was never sent: no signature is ever remade.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from sqlalchemy import delete, func, select
@@ -20,8 +19,6 @@ from swarm_coordinator.db.archive import Archive
 from swarm_coordinator.db.machine_codec import encode_state
 from swarm_coordinator.db.tables import (
     CONTRIBUTION,
-    MOOT,
-    AuditRow,
     EquivocationRow,
     EventRow,
     InviteRow,
@@ -33,6 +30,7 @@ from swarm_coordinator.db.tables import (
     VerdictRow,
 )
 from swarm_coordinator.db.writing import Stored, Writing
+from swarm_coordinator.draws import Draws
 from swarm_coordinator.round_events import (
     Effect,
     Event,
@@ -48,7 +46,7 @@ from swarm_coordinator.round_events import (
 )
 from swarm_coordinator.rounds import State, advance, repeats
 from swarm_protocol import encoding, equivocation
-from swarm_protocol.draw import Drawable, chain_value, drawn, drawn_parts
+from swarm_protocol.draw import chain_value
 from swarm_protocol.errors import InvalidDataError
 from swarm_protocol.identity import Identity, peer_id
 from swarm_protocol.log import Log
@@ -404,73 +402,10 @@ class Entry:
         )
         cause = Cause.of(self._sign(reveal))
         row.beacon = reveal.value
-        self.archive.prefetch(seat.peer for seat in self.archive.stored(RoundPlan, row.plan).roster)
-        plan = self.archive.stored(RoundPlan, row.plan)
-        contributions = self._contributions(row)
-        candidates = self._candidates(row, plan, contributions)
-        chosen = drawn(spec.audit, spec.standard_tokens, reveal, candidates)
-        for slot, segments in chosen.items():
-            self._open_audit(plan, slot, CONTRIBUTION, contributions[slot].hash, segments)
-        vouched = self._vouched(row)
-        unaudited = {
-            slot
-            for slot in contributions.keys() - chosen.keys()
-            if vouched[slot] // spec.standard_tokens < spec.audit.probation
-        }
-        self._books.unaudited(effect.round, unaudited, cause)
-        self._draw_parts(row, plan, reveal, candidates)
+        draws = Draws(self.archive, spec, row, self._contributions(row), reveal)
+        self._books.unaudited(effect.round, draws.open_contributions(), cause)
+        draws.open_averages()
         self.topics |= {f"beacon:{effect.round}", "audits"}
-
-    def _draw_parts(self, row: RoundRow, plan: RoundPlan, reveal: BeaconReveal, candidates: list[Drawable]) -> None:
-        """Open an audit for each average of the manifest that is drawn."""
-        spec, vouched = self._office.spec, self._vouched(row)
-        names = self.archive.stored(RoundManifest, reveal.manifest).parts
-        slots: dict[int, int] = {}
-        for part, name in enumerate(names):
-            stored = None if name is None else self.archive.by_hash(name)
-            slot = None if stored is None else plan.slot_of(stored.signer)
-            if slot is not None:
-                slots[part] = slot
-        reducers = {part: vouched[slot] for part, slot in slots.items()}
-        for part in drawn_parts(spec.audit, spec.standard_tokens, reveal, candidates, reducers):
-            audited = names[part]
-            assert audited is not None
-            self._open_audit(plan, slots[part], part, audited, ())
-
-    def _open_audit(self, plan: RoundPlan, slot: int, part: int, audited: bytes, segments: Iterable[int]) -> None:
-        peer = plan.roster[slot].peer
-        node = self.archive.node(peer)
-        self._session.add(
-            AuditRow(
-                run=self._run,
-                round=plan.round,
-                slot=slot,
-                part=part,
-                peer=peer,
-                audited=audited,
-                segments=encoding.encode(list(segments)),
-                outcome=None if node is None or node.ended_reason is None else MOOT,
-            )
-        )
-
-    def _candidates(self, row: RoundRow, plan: RoundPlan, contributions: dict[int, Commitment]) -> list[Drawable]:
-        vouched = self._vouched(row)
-        return [
-            Drawable(
-                slot=slot,
-                nonce_hash=commitment.nonce_hash,
-                tokens=commitment.tokens,
-                segments=len(self._office.spec.segments(plan.roster[slot].steps)),
-                vouched_tokens=vouched[slot],
-            )
-            for slot, commitment in contributions.items()
-        ]
-
-    def _vouched(self, row: RoundRow) -> list[int]:
-        """What audits had vouched for when the round was planned, by slot."""
-        found = encoding.decode(row.vouched, max_bytes=1 << 20)
-        assert isinstance(found, list)
-        return [int(tokens) for tokens in found if isinstance(tokens, int)]
 
     def _contributions(self, row: RoundRow) -> dict[int, Commitment]:
         assert row.commitment_set is not None

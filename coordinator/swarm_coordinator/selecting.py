@@ -21,8 +21,9 @@ from typing import Any
 from swarm_coordinator.store import Store
 from swarm_protocol import parts, sketching
 from swarm_protocol.chunks import content_hash
-from swarm_protocol.client import Commitments, CoordinatorClient, persist
+from swarm_protocol.client import Commitments, CoordinatorClient
 from swarm_protocol.errors import InvalidDataError, RefusedError, UnreachableError
+from swarm_protocol.http import persist
 from swarm_protocol.identity import peer_id
 from swarm_protocol.peers import PeerPlane
 from swarm_protocol.records import (

@@ -69,10 +69,11 @@ async def serve(directories: Sequence[Path], settings: config.CoordinatorConfig,
     several = part.one_of_several or serving.workers > 1
     with contextlib.ExitStack() as stack:
         for home in homes:
-            if not home.shared():
-                stack.enter_context(_only_one(home))
-            elif several and not home.shared():
+            if home.shared():
+                continue
+            if several:
                 raise ConfigurationError(f"{home.root}: several processes need PostgreSQL; set database.url")
+            stack.enter_context(_only_one(home))
         listener = stack.enter_context(contextlib.closing(_listen(serving.host, serving.port, several=several)))
         port = listener.getsockname()[1]
         url = _url("https" if secure else "http", serving.host, port)

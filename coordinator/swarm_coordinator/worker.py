@@ -25,9 +25,10 @@ from swarm_protocol import checkpoint as checkpoints
 from swarm_protocol import fetch, parts, sketching, training
 from swarm_protocol.checkpoint import Checkpoint
 from swarm_protocol.chunks import content_hash
-from swarm_protocol.client import Commitments, CoordinatorClient, persist
+from swarm_protocol.client import Commitments, CoordinatorClient
 from swarm_protocol.errors import InvalidDataError, RefusedError, SwarmError, UnreachableError
 from swarm_protocol.files import write_atomic
+from swarm_protocol.http import persist
 from swarm_protocol.identity import Identity, peer_id
 from swarm_protocol.peers import PeerPlane
 from swarm_protocol.records import (

@@ -24,8 +24,9 @@ from rich.console import Console
 from swarm_node.cheats import Kind
 from swarm_node.demo_screen import Screen, show_result
 from swarm_node.swarm import Child, Swarm
-from swarm_protocol.client import CoordinatorClient, persist
+from swarm_protocol.client import CoordinatorClient
 from swarm_protocol.errors import ConfigurationError, SwarmError, UnreachableError
+from swarm_protocol.http import persist
 
 START_S = 120.0
 ROUND_S = 120.0

@@ -33,8 +33,9 @@ from swarm_node.sending import Sender
 from swarm_node.sketching import Sketching
 from swarm_protocol import parts, sketching
 from swarm_protocol.calls import Answer, Call, Handler
-from swarm_protocol.client import Commitments, CoordinatorClient, persist
+from swarm_protocol.client import Commitments, CoordinatorClient
 from swarm_protocol.errors import InvalidDataError, RefusedError, UnreachableError
+from swarm_protocol.http import persist
 from swarm_protocol.peers import PeerPlane
 from swarm_protocol.records import Envelope, Equivocation, PartRecord, RoundPlan
 from swarm_protocol.signing import SigningLedger

@@ -21,8 +21,9 @@ from urllib.parse import urlsplit
 from swarm_node.faults import Fault, Faults
 from swarm_node.folder import DataFolder
 from swarm_protocol import processes
-from swarm_protocol.client import CoordinatorClient, persist
+from swarm_protocol.client import CoordinatorClient
 from swarm_protocol.errors import ConfigurationError, InvalidDataError, UnreachableError
+from swarm_protocol.http import persist
 from swarm_protocol.identity import Identity, peer_id, public_key_of
 from swarm_protocol.signing import SigningLedger
 

@@ -18,8 +18,9 @@ from swarm_node.faults import Faults, Point
 from swarm_node.folder import RunFolder
 from swarm_protocol import chunks, merkle, parts, sketch, sketching
 from swarm_protocol.calls import Header
-from swarm_protocol.client import Commitments, CoordinatorClient, CountedSketches, persist
+from swarm_protocol.client import Commitments, CoordinatorClient, CountedSketches
 from swarm_protocol.errors import InvalidDataError, RefusedError, UnreachableError
+from swarm_protocol.http import persist
 from swarm_protocol.peers import PeerPlane
 from swarm_protocol.records import Envelope, RoundPlan, Sketches
 from swarm_protocol.signing import SigningLedger

@@ -25,12 +25,13 @@ from rich.table import Table
 from swarm_node.joining import choose_device
 from swarm_protocol import audit, data, fetch, gathering, processes, training
 from swarm_protocol.audit import Claims, Finding, Subject
-from swarm_protocol.client import CoordinatorClient, persist
+from swarm_protocol.client import CoordinatorClient
 from swarm_protocol.errors import ConfigurationError, InvalidDataError, RefusedError, UnreachableError
 from swarm_protocol.exact import tracing
 from swarm_protocol.exact.bisect import Observation
 from swarm_protocol.fingerprint import fingerprint_hash, runtime_fingerprint
 from swarm_protocol.gathering import Subjects
+from swarm_protocol.http import persist
 from swarm_protocol.identity import Identity, peer_id
 from swarm_protocol.peers import PeerPlane
 from swarm_protocol.records import Outcome

@@ -16,9 +16,10 @@ from typing import Any
 
 from rich.console import Console
 
-from swarm_protocol.client import CoordinatorClient, persist
+from swarm_protocol.client import CoordinatorClient
 from swarm_protocol.errors import HashMismatchError, InvalidDataError
 from swarm_protocol.history import History
+from swarm_protocol.http import persist
 from swarm_protocol.identity import peer_id
 from swarm_protocol.records import Envelope
 from swarm_protocol.round_history import Drawn

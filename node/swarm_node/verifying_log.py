@@ -19,9 +19,10 @@ from typing import Any
 from rich.console import Console
 
 from swarm_node.verifying_draws import PATIENCE_S, Check, different
-from swarm_protocol.client import CoordinatorClient, persist
+from swarm_protocol.client import CoordinatorClient
 from swarm_protocol.errors import ConfigurationError, InvalidDataError, RefusedError
 from swarm_protocol.files import write_atomic
+from swarm_protocol.http import persist
 from swarm_protocol.identity import peer_id
 from swarm_protocol.ledger import Balance
 from swarm_protocol.ledger_history import totals

@@ -32,9 +32,10 @@ from swarm_protocol import PROTOCOL_VERSION, __version__, audit, data, fetch
 from swarm_protocol import checkpoint as checkpoints
 from swarm_protocol.auditor import Auditor
 from swarm_protocol.checkpoint import Checkpoint
-from swarm_protocol.client import Commitments, CoordinatorClient, SealedRound, persist
+from swarm_protocol.client import Commitments, CoordinatorClient, SealedRound
 from swarm_protocol.errors import InvalidDataError, RefusedError, SwarmError, UnreachableError
 from swarm_protocol.fingerprint import fingerprint_hash, runtime_fingerprint
+from swarm_protocol.http import persist
 from swarm_protocol.peers import ADDRESS_TTL_S, PeerPlane
 from swarm_protocol.records import Addresses, Commitment, Envelope, NonceOpening, Ready, Record, Registration, RoundPlan
 from swarm_protocol.signing import SigningLedger

@@ -18,10 +18,11 @@ from typing import Any, TypeVar
 
 from swarm_protocol import audit, data, fetch, gathering, replay, training
 from swarm_protocol.audit import Claims, Finding, Subject
-from swarm_protocol.client import CoordinatorClient, persist
+from swarm_protocol.client import CoordinatorClient
 from swarm_protocol.errors import InvalidDataError, RefusedError, UnreachableError
 from swarm_protocol.fingerprint import fingerprint_hash, runtime_fingerprint
 from swarm_protocol.gathering import Subjects
+from swarm_protocol.http import persist
 from swarm_protocol.identity import Identity
 from swarm_protocol.peers import PeerPlane
 from swarm_protocol.records import Outcome, PartRecord, PartVerdict, Verdict

@@ -7,11 +7,10 @@ coordinator understood and said no.
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import httpx
 
@@ -26,6 +25,7 @@ from swarm_protocol.errors import (
     RefusedError,
     UnreachableError,
 )
+from swarm_protocol.http import TIMEOUT_S, json_of, request
 from swarm_protocol.parts import part_count
 from swarm_protocol.receipts import Receipts
 from swarm_protocol.records import (
@@ -51,18 +51,11 @@ from swarm_protocol.spec import MAX_SPEC_BYTES, RunSpec
 log = logging.getLogger(__name__)
 
 CBOR = "application/cbor"
-LONG_POLL_S = 20.0
-TIMEOUT_S = 20.0
 MAX_LIST_BYTES = 64 << 20
 MAX_JSON_BYTES = 16 << 20
 MAX_CHUNK_BYTES = 1 << 28
 MAX_ENTRIES_BYTES = 16 << 20
 MAX_PAGES = 10_000
-MAX_RETRY_AFTER_S = 60.0
-ASKED_TO_WAIT = (408, 429, 503)
-"""Too slow, too often, too busy: nothing was decided about what we sent."""
-
-T = TypeVar("T")
 
 
 class Commitments:
@@ -121,7 +114,7 @@ class CoordinatorClient:
         http = httpx.AsyncClient(limits=httpx.Limits(max_connections=16), headers={"accept-encoding": "identity"})
         try:
             if not wanted:
-                runs = _json(await _request(http, "GET", f"{root}/v1/runs", MAX_JSON_BYTES, timeout_s=timeout_s))
+                runs = json_of(await request(http, "GET", f"{root}/v1/runs", MAX_JSON_BYTES, timeout_s=timeout_s))
                 found = (
                     [str(run.get("run_id")) for run in runs if isinstance(run, dict)] if isinstance(runs, list) else []
                 )
@@ -130,7 +123,7 @@ class CoordinatorClient:
                     raise ConfigurationError(f"say which run: {root}/v1/runs/RUN_ID, with one of: {names}")
                 wanted = found[0]
             url = f"{root}/v1/runs/{wanted}/spec"
-            raw = (await _request(http, "GET", url, MAX_SPEC_BYTES, timeout_s=timeout_s)).content
+            raw = (await request(http, "GET", url, MAX_SPEC_BYTES, timeout_s=timeout_s)).content
             spec = RunSpec.decode(raw)
             if spec.run_id.hex() != wanted:
                 raise HashMismatchError("the coordinator serves a spec that does not hash to the run id")
@@ -163,7 +156,7 @@ class CoordinatorClient:
             if error.code == "recovering":
                 raise UnreachableError(str(error)) from error
             raise
-        receipt = _json(response)
+        receipt = json_of(response)
         if not isinstance(receipt, dict):
             raise InvalidDataError("the coordinator's receipt is not an object")
         if receipt.get("receipt") is not None:
@@ -322,14 +315,14 @@ class CoordinatorClient:
 
     async def status(self) -> dict[str, Any]:
         """The run as JSON (see the API's `RunStatus`)."""
-        status = _json(await self._call("GET", "", MAX_JSON_BYTES))
+        status = json_of(await self._call("GET", "", MAX_JSON_BYTES))
         if not isinstance(status, dict):
             raise InvalidDataError("the coordinator's status is not an object")
         return status
 
     async def peers(self) -> tuple[list[str], bool]:
         """The peer plane's way in, and whether the coordinator wants to be shown what it signed last (`hand_in`)."""
-        value = _json(await self._call("GET", "/peers", MAX_JSON_BYTES))
+        value = json_of(await self._call("GET", "/peers", MAX_JSON_BYTES))
         try:
             return [str(address) for address in value["peers"]], bool(value["recovering"])
         except (KeyError, TypeError) as error:
@@ -337,7 +330,7 @@ class CoordinatorClient:
 
     async def node(self, key: bytes) -> dict[str, Any]:
         """An identity as JSON (see the API's `NodeStatus`)."""
-        node = _json(await self._call("GET", f"/nodes/{key.hex()}", MAX_JSON_BYTES))
+        node = json_of(await self._call("GET", f"/nodes/{key.hex()}", MAX_JSON_BYTES))
         if not isinstance(node, dict):
             raise InvalidDataError("the coordinator's account of a node is not an object")
         return node
@@ -348,7 +341,7 @@ class CoordinatorClient:
         after: str | None = None
         for _ in range(MAX_PAGES):
             params = {} if after is None else {"after": after}
-            page = _json(await self._call("GET", "/nodes", MAX_JSON_BYTES, params=params))
+            page = json_of(await self._call("GET", "/nodes", MAX_JSON_BYTES, params=params))
             try:
                 found += [dict(node) for node in page["nodes"]]
                 after = page["next"]
@@ -360,14 +353,14 @@ class CoordinatorClient:
 
     async def round_detail(self, round_number: int) -> dict[str, Any]:
         """A round as JSON (see the API's `RoundDetail`)."""
-        detail = _json(await self._call("GET", f"/rounds/{round_number}", MAX_JSON_BYTES))
+        detail = json_of(await self._call("GET", f"/rounds/{round_number}", MAX_JSON_BYTES))
         if not isinstance(detail, dict):
             raise InvalidDataError("the coordinator's account of a round is not an object")
         return detail
 
     async def place(self, key: bytes) -> dict[str, Any]:
         """Where an identity stands on its way to a slot (see the API's `Place`)."""
-        place = _json(await self._call("GET", f"/nodes/{key.hex()}/place", MAX_JSON_BYTES))
+        place = json_of(await self._call("GET", f"/nodes/{key.hex()}/place", MAX_JSON_BYTES))
         if not isinstance(place, dict):
             raise InvalidDataError("the coordinator's answer about our place is not an object")
         return place
@@ -381,7 +374,7 @@ class CoordinatorClient:
             timeout_s=wait_s + TIMEOUT_S,
             params={"auditor": auditor.hex(), "wait_s": wait_s},
         )
-        audits = _json(response)
+        audits = json_of(response)
         return audits if isinstance(audits, list) else []
 
     async def log_head(self) -> tuple[int, bytes]:
@@ -403,7 +396,7 @@ class CoordinatorClient:
 
     async def json(self, path: str, **params: str | int) -> dict[str, Any]:
         """Any of the run's routes that answers with a JSON object."""
-        value = _json(await self._call("GET", path, MAX_JSON_BYTES, params=params))
+        value = json_of(await self._call("GET", path, MAX_JSON_BYTES, params=params))
         if not isinstance(value, dict):
             raise InvalidDataError(f"the coordinator's answer to {path} is not an object")
         return value
@@ -425,7 +418,7 @@ class CoordinatorClient:
 
     async def latest_checkpoint(self) -> tuple[int, bytes]:
         """The newest sealed checkpoint: the round that starts from it, and its root."""
-        value = _json(await self._call("GET", "/checkpoints/latest", MAX_JSON_BYTES))
+        value = json_of(await self._call("GET", "/checkpoints/latest", MAX_JSON_BYTES))
         try:
             return int(value["round"]), bytes.fromhex(value["root"])
         except (KeyError, TypeError, ValueError) as error:
@@ -461,7 +454,7 @@ class CoordinatorClient:
 
     async def _call(self, method: str, path: str, max_bytes: int, **options: Any) -> httpx.Response:
         self.traffic.sent += len(options.get("content", b""))
-        answer = await _request(self._http, method, self._base + path, max_bytes, **options)
+        answer = await request(self._http, method, self._base + path, max_bytes, **options)
         self.traffic.received += len(answer.content)
         return answer
 
@@ -471,95 +464,3 @@ def _not_empty(raw: bytes) -> list[Envelope]:
     if not envelopes:
         raise EncodingError("an empty list where signed records were expected")
     return envelopes
-
-
-async def _request(
-    http: httpx.AsyncClient, method: str, url: str, max_bytes: int, *, timeout_s: float = TIMEOUT_S, **options: Any
-) -> httpx.Response:
-    """One request within a deadline, its answer bounded while it is read."""
-    try:
-        async with asyncio.timeout(timeout_s), http.stream(method, url, timeout=timeout_s, **options) as response:
-            content = bytearray()
-            async for piece in response.aiter_raw():
-                content += piece
-                if len(content) > max_bytes:
-                    raise InvalidDataError(f"{url} answers with more than {max_bytes} bytes")
-    except (httpx.HTTPError, TimeoutError) as error:
-        raise UnreachableError(
-            f"the coordinator at {http_root(url)} does not answer ({str(error) or 'timed out'})"
-        ) from error
-    except httpx.InvalidURL as error:
-        raise ConfigurationError(f"{url} is not a URL: {error}") from error
-    whole = httpx.Response(response.status_code, headers=_plain(response.headers), content=bytes(content))
-    if whole.is_redirect:
-        elsewhere = response.headers.get("location", "another address")
-        raise UnreachableError(f"{http_root(url)} sends us on to {elsewhere:.200}; give that address instead")
-    if whole.status_code in ASKED_TO_WAIT:
-        raise UnreachableError(
-            f"the coordinator at {http_root(url)} asks us to wait: {_refusal(whole).reason}",
-            retry_after_s=_retry_after_s(response.headers),
-        )
-    if whole.status_code >= 500:
-        raise UnreachableError(f"the coordinator at {http_root(url)} has a fault (HTTP {whole.status_code})")
-    if whole.status_code >= 400:
-        raise _refusal(whole)
-    return whole
-
-
-def _retry_after_s(headers: httpx.Headers) -> float:
-    """Seconds that an answer asks us to wait, at most a minute; 0 where it does not say, or gives a date."""
-    value = headers.get("retry-after", "")
-    return min(float(value), MAX_RETRY_AFTER_S) if value.isascii() and value.isdigit() else 0.0
-
-
-def _plain(headers: httpx.Headers) -> dict[str, str]:
-    return {key: value for key, value in headers.items() if key.lower() in ("content-type", "etag")}
-
-
-def _json(response: httpx.Response) -> Any:
-    try:
-        return response.json()
-    except ValueError as error:
-        raise InvalidDataError("the answer is not JSON; is the URL that of a coordinator?") from error
-
-
-def _refusal(response: httpx.Response) -> RefusedError:
-    """The problem detail (RFC 9457) of a refusal."""
-    try:
-        problem = response.json()
-        reason, code = str(problem["detail"]), str(problem.get("code", "refused"))
-    except (ValueError, KeyError, TypeError):
-        reason, code = f"HTTP {response.status_code}", "refused"
-    return RefusedError(reason[:1000], status=response.status_code, code=code)
-
-
-def http_root(url: str) -> str:
-    """Scheme, host and port of a URL, for messages."""
-    return url.partition("/v1/")[0]
-
-
-async def persist(
-    attempt: Callable[[], Awaitable[T]],
-    *,
-    deadline_s: float,
-    waiting: Callable[[str], None] | None = None,
-    first_pause_s: float = 0.25,
-    longest_pause_s: float = 5.0,
-) -> T:
-    """Repeat `attempt` with growing pauses while it raises `UnreachableError`, for at most `deadline_s`.
-
-    Pauses are at least as long as the other side asks for.
-    """
-    loop = asyncio.get_running_loop()
-    end, pause_s = loop.time() + deadline_s, first_pause_s
-    while True:
-        try:
-            return await attempt()
-        except UnreachableError as error:
-            wait_s = max(pause_s, error.retry_after_s)
-            if loop.time() + wait_s > end:
-                raise
-            if waiting is not None:
-                waiting(str(error))
-        await asyncio.sleep(wait_s)
-        pause_s = min(pause_s * 1.6, longest_pause_s)

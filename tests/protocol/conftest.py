@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import json
-import socket
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import pytest
-import uvicorn
-from fastapi import FastAPI
 
-from swarm_coordinator.app import create_app
 from swarm_coordinator.db.archive import Archive, opened
 from swarm_coordinator.db.tables import AuditRow, CreditRow, LedgerRow
 from swarm_coordinator.journal import Journal
 from swarm_coordinator.run_directory import RunDirectory
-from swarm_coordinator.service import Service, open_service
 from swarm_coordinator.store import Store
 from swarm_protocol import PROTOCOL_VERSION, aggregate, parts
 from swarm_protocol.chunks import content_hash
@@ -50,7 +45,6 @@ from swarm_protocol.records import (
     Role,
     RoundPlan,
     Verdict,
-    decode_list,
 )
 from swarm_protocol.spec import (
     AuditSpec,
@@ -63,6 +57,7 @@ from swarm_protocol.spec import (
     TrainingSpec,
 )
 
+Api = Any
 MODEL = ModelSpec(
     vocab_size=256,
     hidden_size=8,
@@ -390,109 +385,17 @@ def cast(tmp_path_factory: pytest.TempPathFactory) -> Cast:
     return cast_in(tmp_path_factory.mktemp("cast") / "run")
 
 
-class Api:
-    """The coordinator as its clients see it, in process."""
-
-    def __init__(self, cast: Cast, http: httpx.AsyncClient, service: Service) -> None:
-        self.cast = cast
-        self.http = http
-        self.service = service
-
-    async def get(self, path: str, **options: Any) -> httpx.Response:
-        return await self.http.get(f"/v1/runs/{self.cast.run.hex()}{path}", **options)
-
-    async def offer(self, data: bytes | Envelope, **headers: str) -> httpx.Response:
-        content = data if isinstance(data, bytes) else data.encode()
-        return await self.http.post(f"/v1/runs/{self.cast.run.hex()}/records", content=content, headers=headers)
-
-    async def accept(self, *envelopes: Envelope) -> None:
-        for envelope in envelopes:
-            response = await self.offer(envelope)
-            assert response.status_code == 201, response.text
-
-    async def refuse(self, envelope: Envelope | bytes, status: int, code: str, **headers: str) -> str:
-        response = await self.offer(envelope, **headers)
-        problem = response.json()
-        assert (response.status_code, problem["code"]) == (status, code), response.text
-        assert response.headers["content-type"] == "application/problem+json"
-        assert problem["status"] == status
-        assert problem["type"].endswith(code)
-        return str(problem["detail"])
-
-    async def base(self) -> bytes:
-        return bytes.fromhex((await self.get("/checkpoints/latest")).json()["root"])
-
-    async def plan(self, number: int = 0) -> RoundPlan:
-        envelope = Envelope.decode((await self.get(f"/rounds/{number}/plan")).content)
-        return envelope.open_as(RoundPlan, run=self.cast.run, key=bytes.fromhex(self.cast.spec.coordinator))
-
-    async def several(self, path: str) -> list[Envelope]:
-        return decode_list((await self.get(path)).content, max_bytes=1 << 20)
-
-    async def to_training(self) -> RoundPlan:
-        await self.accept(*(self.cast.registration(node) for node in self.cast.nodes))
-        base = await self.base()
-        await self.accept(*(self.cast.ready(node, 0, base) for node in self.cast.nodes))
-        return await self.plan()
-
-    async def to_exchanging(self) -> tuple[RoundPlan, CommitmentSet, list[Envelope]]:
-        plan = await self.to_training()
-        commitments = [self.cast.commitment(plan, slot) for slot in range(len(plan.roster))]
-        await self.accept(*commitments)
-        closing, *_ = await self.several("/rounds/0/commitments")
-        return plan, closing.open_as(CommitmentSet, run=self.cast.run), commitments
-
-    async def to_opening(self) -> tuple[RoundPlan, list[Envelope]]:
-        plan, closing, commitments = await self.to_exchanging()
-        records = [self.cast.part_record(plan, closing, part, slot=part) for part in range(2)]
-        await self.accept(*records, *(self.cast.part_held(record) for record in records))
-        await self.accept(self.cast.report(plan, tuple(record.open().hash for record in records), b"r" * 32))
-        return plan, commitments
-
-    async def to_audits(self) -> tuple[RoundPlan, list[Envelope]]:
-        plan, commitments = await self.to_opening()
-        await self.accept(*(self.cast.opening(plan, slot) for slot in range(len(plan.roster))))
-        return plan, commitments
+def _module(name: str) -> Any:
+    """What is in a file beside this one."""
+    specification = importlib.util.spec_from_file_location(f"tests_{name}", Path(__file__).with_name(f"{name}.py"))
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
 
 
-class _Server(uvicorn.Server):
-    """Leaves signals to the tests."""
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
-@asynccontextmanager
-async def listening(app: FastAPI) -> AsyncIterator[str]:
-    """The application on a port of this machine; its URL."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        config = uvicorn.Config(app, log_config=None, lifespan="off", timeout_graceful_shutdown=1)
-        server = _Server(config)
-        task = asyncio.create_task(server.serve(sockets=[listener]))
-        try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            for service in app.state.services:
-                service.stop_waiting()
-            server.should_exit = True
-            await task
-
-
-@asynccontextmanager
-async def _serving(
-    cast: Cast, *, address: str = "127.0.0.1", listen: bool = False, **options: Any
-) -> AsyncIterator[Api]:
-    async with AsyncExitStack() as stack:
-        service = await stack.enter_async_context(open_service(cast.home, cast.clock))
-        app = create_app(service, **options)
-        if listen:
-            http = httpx.AsyncClient(base_url=await stack.enter_async_context(listening(app)))
-        else:
-            http = httpx.AsyncClient(
-                transport=httpx.ASGITransport(app, client=(address, 1)), base_url="http://coordinator"
-            )
-        yield Api(cast, await stack.enter_async_context(http), service)
+_serving = _module("serving").serving
 
 
 @pytest.fixture(scope="session")

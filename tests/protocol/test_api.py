@@ -23,6 +23,7 @@ from swarm_protocol.records import (
     Outcome,
     PartRecord,
     RoundManifest,
+    record_hash,
 )
 from swarm_protocol.spec import RunSpec
 
@@ -191,6 +192,26 @@ def test_what_is_not_a_signed_record_is_refused(make_cast: MakeCast, play: Play)
         await api.refuse(Envelope(envelope.body, envelope.key, bytes(64)), 403, "bad-signature")
         await api.refuse(Envelope(envelope.body, cast.nodes[1].public_key, envelope.signature), 403, "bad-signature")
         await api.refuse(bytes((1 << 20) + 1), 413, "too-long")
+
+    play(cast, script)
+
+
+def test_a_text_that_a_database_may_not_hold_is_no_record(make_cast: MakeCast, play: Play) -> None:
+    cast = make_cast()
+
+    def rewritten(signer: Identity, envelope: Envelope, name: str) -> Envelope:
+        fields: Any = encoding.decode(envelope.body)
+        body = encoding.encode(fields | {name: fields[name] + "\0"})
+        return Envelope(body, signer.public_key, signer.sign(record_hash(fields["kind"], body)))
+
+    async def script(api: Api) -> None:
+        _, commitments = await api.to_audits()
+        node, auditor = cast.nodes[0], cast.auditors[0]
+        registration, verdict = cast.registration(node, sequence=1), cast.verdict(auditor, commitments[0])
+        for name in ("name", "team", "agent", "device"):
+            assert name in await api.refuse(rewritten(node, registration, name), 400, "bad-record")
+        assert "reason" in await api.refuse(rewritten(auditor, verdict, "reason"), 400, "bad-record")
+        await api.accept(registration, verdict)
 
     play(cast, script)
 

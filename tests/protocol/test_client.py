@@ -14,10 +14,9 @@ from typing import Any, TypeVar
 
 import pytest
 
-from swarm_protocol import client as clients
 from swarm_protocol import encoding
 from swarm_protocol.chunks import content_hash, manifest_of
-from swarm_protocol.client import CoordinatorClient, persist
+from swarm_protocol.client import CoordinatorClient
 from swarm_protocol.errors import (
     ConfigurationError,
     EncodingError,
@@ -27,6 +26,7 @@ from swarm_protocol.errors import (
     SignatureError,
     UnreachableError,
 )
+from swarm_protocol.http import persist
 from swarm_protocol.identity import Identity
 from swarm_protocol.log import leaf_hash
 from swarm_protocol.records import Envelope, LogHead, PartHeld, Receipt, encode_list
@@ -459,7 +459,7 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         made.append(seconds)
         monkeypatch.setattr(loop, "time", lambda: 1000.0 + sum(made))
 
-    monkeypatch.setattr(clients.asyncio, "sleep", sleep)
+    monkeypatch.setattr(asyncio, "sleep", sleep)
     return made
 
 

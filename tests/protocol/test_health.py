@@ -195,12 +195,16 @@ def test_the_dashboard_shows_metrics_that_exist_and_all_of_them(make_cast: MakeC
             re.sub(r"_(bucket|count|total)$", "", name.removeprefix(PREFIX)) for name in shown if "process_" not in name
         }
         labels = {label for _, pairs in found for label, _ in pairs}
+        of_a_run = {PREFIX + name for name, pairs in found if "run" in dict(pairs)}
+        assert [one["name"] for one in dashboard["templating"]["list"]] == ["datasource", "instance", "run"]
         for panel in dashboard["panels"]:
             for target in panel["targets"]:
                 used = set(re.findall(r'([a-z_]+)=~?"', target["expr"])) | set(
-                    re.findall(r"[a-z]+", "".join(re.findall(r"by \(([^)]*)\)", target["expr"])))
+                    re.findall(r"[a-z]+", " ".join(re.findall(r"by \(([^)]*)\)", target["expr"])))
                 )
                 assert used - {"instance"} <= labels, target["expr"]
+                told_apart = 'run=~"$run"' in target["expr"]
+                assert told_apart == (not of_a_run.isdisjoint(_metrics(target["expr"]))), target["expr"]
 
     play(cast, script)
 

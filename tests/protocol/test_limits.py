@@ -11,8 +11,9 @@ import httpx
 import pytest
 
 from swarm_coordinator.api.limits import Buckets, Limits, address_of
-from swarm_protocol.client import CoordinatorClient, persist
+from swarm_protocol.client import CoordinatorClient
 from swarm_protocol.errors import ConfigurationError, UnreachableError
+from swarm_protocol.http import persist
 from swarm_protocol.identity import Identity
 from swarm_protocol.records import MAX_RECORD_BYTES, Addresses, Envelope, NonceOpening
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import signal
@@ -15,8 +16,10 @@ from typing import Any
 
 import pytest
 
+from swarm_coordinator.config import CoordinatorConfig
 from swarm_coordinator.init import Options, initialise
 from swarm_coordinator.run_directory import RunDirectory
+from swarm_coordinator.server import Part, serve
 from swarm_coordinator.store import Store
 from swarm_protocol.chunks import StateManifest
 from swarm_protocol.draw import chain_end
@@ -104,6 +107,11 @@ def test_a_port_in_use_is_said_clearly(make_cast: Callable[..., Any]) -> None:
     assert result.returncode == 2
     assert f"port {port}" in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+def test_every_run_that_several_processes_serve_needs_postgresql(make_cast: Callable[..., Any]) -> None:
+    with pytest.raises(ConfigurationError, match=r"run: several processes need PostgreSQL; set database\.url"):
+        asyncio.run(serve([make_cast().home.root], CoordinatorConfig(), Part(workers=False, one_of_several=True)))
 
 
 def test_a_directory_without_a_run_is_said_clearly(tmp_path: Path) -> None:

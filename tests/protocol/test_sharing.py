@@ -111,7 +111,7 @@ def test_when_the_driver_is_gone_another_one_takes_over_and_goes_on(make_cast: M
 
     async def script(shared: Shared) -> None:
         await shared.accept(0, *(cast.registration(node) for node in cast.nodes))
-        before = (await shared.get(1, "/log/head")).json()
+        before = (await shared.get(0, "/log/head")).json()
         await shared.closing.pop(0).aclose()
         base = bytes.fromhex(cast.spec.checkpoint)
         for node in cast.nodes:

@@ -228,7 +228,7 @@ verdicts = st.builds(
     outcome=st.sampled_from(records.Outcome),
     comparison=st.none() | st.sampled_from(records.Comparison),
     statistic=st.none() | finite,
-    reason=st.text(max_size=500),
+    reason=st.text(st.characters(exclude_characters="\0", codec="utf-8"), max_size=500),
     steps_replayed=st.integers(0, 10_000),
     fingerprint=hashes,
 )
@@ -333,6 +333,10 @@ def changed(record_kind: str, **fields: object) -> bytes:
         ("part-held", {"part_record": bytes(31)}),
         ("registration", {"name": "x" * 65}),
         ("registration", {"name": b"x"}),
+        ("registration", {"name": "a\0b"}),
+        ("registration", {"agent": "\0"}),
+        ("registration", {"device": "cpu\n\0"}),
+        ("registration", {"team": "team\0"}),
         ("appointment", {"role": "emperor"}),
         ("addresses", {"multiaddrs": []}),
         ("addresses", {"multiaddrs": ["/ip4/127.0.0.1/tcp/1"] * 17}),
@@ -365,9 +369,14 @@ def changed(record_kind: str, **fields: object) -> bytes:
         ("verdict", {"outcome": "maybe"}),
         ("verdict", {"comparison": ...}),
         ("verdict", {"reason": "x" * 501}),
+        ("verdict", {"reason": "wrong\0"}),
+        ("part-verdict", {"reason": "\0wrong"}),
+        ("ban", {"reason": "\0"}),
+        ("run-end", {"reason": "done\0"}),
         ("verdict", {"steps_replayed": 10_001}),
         ("evaluation", {"loss": -0.5}),
         ("evaluation", {"sample": "x" * 2001}),
+        ("evaluation", {"sample": "once upon a \0"}),
     ],
     ids=str,
 )
@@ -380,6 +389,13 @@ def test_a_field_that_is_missing_unknown_or_out_of_bounds_is_refused_by_name(
     rewritten = fields in ({"tokens_per_s": 1}, {"train_loss": 5})
     named = "leaves out a field" if missing_default or rewritten else f"{kind}.{next(iter(fields))}"
     assert named in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "\x01\t\r\n\x7f", "two\nlines\n", "Zoë ‖ 名 \U0001f600"])
+def test_a_text_may_have_any_character_but_nul(text: str) -> None:
+    record = records.parse(changed("registration", name=text, agent=text, device=text, team=text))
+    assert isinstance(record, records.Registration)
+    assert (record.name, record.agent, record.device, record.team) == (text, text, text, text)
 
 
 @pytest.mark.parametrize(

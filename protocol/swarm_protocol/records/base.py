@@ -22,8 +22,11 @@ Sequence = Annotated[int, Field(ge=0, lt=1 << 62)]
 Slot = Annotated[int, Field(ge=0, lt=MAX_SLOTS)]
 Part = Annotated[int, Field(ge=0, lt=MAX_PARTS)]
 Milliseconds = Annotated[int, Field(ge=0, lt=1 << 53, description="Unix time in milliseconds")]
-Label = Annotated[str, Field(max_length=64)]
-Reason = Annotated[str, Field(max_length=500)]
+Text = Annotated[str, Field(pattern=r"^[^\x00]*$")]
+"""Without U+0000, which PostgreSQL stores in no text."""
+
+Label = Annotated[Text, Field(max_length=64)]
+Reason = Annotated[Text, Field(max_length=500)]
 Multiaddr = Annotated[str, Field(min_length=1, max_length=256)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 

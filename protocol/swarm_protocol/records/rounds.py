@@ -19,6 +19,7 @@ from swarm_protocol.records.base import (
     Role,
     Slot,
     SlotHash,
+    Text,
 )
 
 MAX_SAMPLE_CHARACTERS = 2000
@@ -30,8 +31,8 @@ class Registration(Record):
     kind: ClassVar[str] = "registration"
     protocol: int
     name: Label
-    agent: Annotated[str, Field(max_length=100, description="software and its version")]
-    device: Annotated[str, Field(max_length=100)]
+    agent: Annotated[Text, Field(max_length=100, description="software and its version")]
+    device: Annotated[Text, Field(max_length=100)]
     fingerprint: Bytes32
     team: Label = ""
 
@@ -167,4 +168,4 @@ class Evaluation(Record):
     root: Bytes32
     loss: Annotated[float, Field(ge=0, allow_inf_nan=False, description="nats per token")]
     tokens: Annotated[int, Field(ge=1, lt=1 << 53)]
-    sample: Annotated[str, Field(max_length=MAX_SAMPLE_CHARACTERS)] | None = None
+    sample: Annotated[Text, Field(max_length=MAX_SAMPLE_CHARACTERS)] | None = None

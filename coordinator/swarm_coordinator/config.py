@@ -86,8 +86,8 @@ class Limits(_Section):
 
     address_per_s: float = Field(200.0, gt=0.0, le=1e6, description="of one address; many nodes may share one")
     address_burst: float = Field(4000.0, ge=1.0, le=1e6)
-    identity_per_s: float = Field(5.0, gt=0.0, le=1e6, description="of one identity, by the records that it signs")
-    identity_burst: float = Field(200.0, ge=1.0, le=1e6)
+    identity_per_s: float = Field(20.0, gt=0.0, le=1e6, description="of one identity, by the records that it signs")
+    identity_burst: float = Field(1000.0, ge=1.0, le=1e6)
 
 
 class Metrics(_Section):

@@ -20,6 +20,7 @@ class Activity:
     loss: float | None = None
     contributions: int = 0
     place: str = ""
+    team: str = ""
     checkpoint: dict[str, Any] = field(default_factory=dict)
     bytes_sent: int = 0
     bytes_received: int = 0

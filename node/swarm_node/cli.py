@@ -54,6 +54,7 @@ def join(
     name: Annotated[
         str | None, typer.Option(help="The name that others see.", show_default="this machine's name")
     ] = None,
+    team: Annotated[str, typer.Option(help="Your team: what you earn counts for it as well.")] = "",
     token: Annotated[
         str | None, typer.Option(help="An invitation, if the run asks for one.", envvar="SWARM_TOKEN")
     ] = None,
@@ -84,6 +85,7 @@ def join(
             url=url,
             data_dir=data_dir or default_folder(),
             name=name,
+            team=team,
             token=token,
             trust=trust,
             device=device,

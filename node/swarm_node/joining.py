@@ -44,6 +44,7 @@ class Options:
     faults: tuple[str, ...] = ()
     listen: str | None = None
     client_only: bool = False
+    team: str = ""
 
 
 def join(options: Options) -> None:
@@ -107,6 +108,7 @@ async def _join(options: Options, folder: DataFolder, ledger: SigningLedger, fau
                 ledger,
                 plane,
                 name=options.name or default_name(),
+                team=options.team,
                 device=device,
                 threads=threads,
                 say=say,

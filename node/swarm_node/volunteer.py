@@ -61,6 +61,7 @@ class Volunteer:
         plane: PeerPlane,
         *,
         name: str,
+        team: str = "",
         device: str,
         threads: int,
         say: Callable[[str], None],
@@ -92,7 +93,7 @@ class Volunteer:
         self._tokens_per_s = 1000.0
         self._background: set[asyncio.Task[None]] = set()
         self._last_round: int | None = None
-        self.progress = Activity(name, ledger.identity.peer_id, client.spec.run_id.hex())
+        self.progress = Activity(name, ledger.identity.peer_id, client.spec.run_id.hex(), team=team)
 
     def finish(self) -> None:
         """Take no new work; `run` returns once the current contribution is complete."""
@@ -149,6 +150,7 @@ class Volunteer:
                 agent=f"swarm-node {__version__}",
                 device=str(self._fingerprint.get("device_name", self._device))[:100],
                 fingerprint=fingerprint_hash(self._fingerprint),
+                team=self.progress.team,
             )
         )
         self._say(f"Joined {self._spec.name!r} as {self.progress.name} ({self.progress.peer}).")
@@ -158,14 +160,13 @@ class Volunteer:
         announced_at = -ADDRESS_TTL_S
         while True:
             try:
-                addresses = await self._plane.addresses()
                 if time.monotonic() - announced_at > ADDRESS_TTL_S / 3:
-                    await self._announce(tuple(addresses[:16]))
+                    await self._announce(tuple((await self._plane.addresses())[:16]))
                     announced_at = time.monotonic()
                 peers, recovering = await self._client.peers()
+                self._bootstrap = peers or self._bootstrap
                 if recovering:
                     await self._client.hand_in()
-                self._bootstrap = peers or self._bootstrap
                 await self._plane.dial(self._bootstrap)
             except (SwarmError, OSError, TimeoutError, ValueError) as error:
                 log.info("the peer plane is not whole yet: %s", error)

@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 MAX_PAYLOAD_BYTES = 7000
 LISTEN_S = 0.5
 PAUSE_S = 1.0
+KEEP_ALIVE = {"tcp_keepalives_idle": 10, "tcp_keepalives_interval": 5, "tcp_keepalives_count": 3}
 
 
 class Leadership:
@@ -43,6 +44,8 @@ class Leadership:
             return True
         connection = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
         if connection.scalar(text("SELECT pg_try_advisory_lock(:key)"), {"key": self._key}):
+            for setting, value in KEEP_ALIVE.items():  # so that the server notices within half a minute if we vanish
+                connection.execute(text(f"SET {setting} = {value}"))
             self._connection = connection
             return True
         connection.close()

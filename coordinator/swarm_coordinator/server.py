@@ -32,7 +32,7 @@ from swarm_coordinator.app import create_app
 from swarm_coordinator.run_directory import RunDirectory
 from swarm_coordinator.service import Service, offices, open_service
 from swarm_coordinator.supervisor import kill_all, supervise
-from swarm_protocol.errors import ConfigurationError
+from swarm_protocol.errors import ConfigurationError, SwarmError
 from swarm_protocol.records import Role
 
 log = logging.getLogger(__name__)
@@ -134,7 +134,7 @@ async def _appoint(home: RunDirectory, service: Service) -> None:
             for role, key in offices(home):
                 if (role, key) not in known and await service.appoint(role, key):
                     known.add((role, key))
-        except (ConfigurationError, OSError) as error:
+        except (SwarmError, OSError) as error:
             log.warning("%s", error)
         await asyncio.sleep(APPOINTMENTS_S)
 

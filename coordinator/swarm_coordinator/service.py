@@ -22,17 +22,17 @@ from swarm_coordinator.answers import Answers
 from swarm_coordinator.certificates import Certificates
 from swarm_coordinator.db.archive import Archive
 from swarm_coordinator.db.engine import open_database
-from swarm_coordinator.journal import Change, Journal, Receipt
+from swarm_coordinator.journal import Change, Journal, LostOfficeError, Receipt
 from swarm_coordinator.mirror import Mirror
 from swarm_coordinator.opening import Opener
 from swarm_coordinator.rounds import State
 from swarm_coordinator.run_directory import RunDirectory
-from swarm_coordinator.sharing import ANSWER_S, AWAY, CAMPAIGN_S, INBOX, Sharing, answered, reply
+from swarm_coordinator.sharing import ANSWER_S, CAMPAIGN_S, INBOX, Sharing, answered, away, reply
 from swarm_coordinator.sharing import topic as topic_of_answer
 from swarm_coordinator.store import Store
 from swarm_coordinator.topics import Event, Topics
 from swarm_protocol.certificate import Certificate
-from swarm_protocol.errors import RefusedError
+from swarm_protocol.errors import RefusedError, SwarmError
 from swarm_protocol.identity import Identity
 from swarm_protocol.records import Envelope, Record, Role
 from swarm_protocol.spec import RunSpec
@@ -74,6 +74,7 @@ class Service:
         self._draining: asyncio.Task[None] | None = None
         self._shared: Sharing | None = None
         self._leads = True
+        self._broken: str | None = None
         self._ticked_s = self._loop.time()
         self.on_commit: Callable[[float], None] = lambda seconds: None
 
@@ -94,7 +95,7 @@ class Service:
     @property
     def failure(self) -> str | None:
         """Why this run cannot be served any more, if that is so."""
-        return self._journal.failure
+        return self._broken or self._journal.failure
 
     @property
     def now_ms(self) -> int:
@@ -197,11 +198,18 @@ class Service:
             await asyncio.shield(asyncio.to_thread(shared.inbox.forget, number))
         if isinstance(answer, Receipt):
             return answer
-        raise answer if isinstance(answer, RefusedError) else AWAY
+        raise answer if isinstance(answer, RefusedError) else away()
 
     async def share(self, shared: Sharing, take_over: Callable[[], Journal], *, leads: bool) -> None:
         """Serve the run together with other processes until cancelled; `take_over` opens the run for writing."""
         self._shared, self._leads = shared, leads
+        try:
+            await self._share(shared, take_over)
+        except Exception as error:
+            log.exception("this process has lost touch with the others")
+            self._broken = f"this process has lost touch with the others: {error}"
+
+    async def _share(self, shared: Sharing, take_over: Callable[[], Journal]) -> None:
         told: asyncio.Queue[Sequence[str]] = asyncio.Queue()
 
         def hear(topics: Sequence[str]) -> None:
@@ -247,8 +255,13 @@ class Service:
             await asyncio.sleep(CAMPAIGN_S)
             if not await asyncio.to_thread(shared.campaign):
                 continue
+            try:
+                before, self._journal = self._journal, await self._write(take_over)
+            except (SQLAlchemyError, SwarmError) as error:
+                log.warning("the run cannot be taken over: %s", error)
+                await asyncio.to_thread(shared.resign)
+                continue
             log.warning("this process drives the run now")
-            before, self._journal = self._journal, await self._write(take_over)
             self._leads = True
             before.close()
             self._topics.wake(self._topics.all())
@@ -333,6 +346,8 @@ class Service:
                     await self.mark_alive()
             except SQLAlchemyError:
                 log.exception("the database refused a write; is the disk full?")
+            except LostOfficeError:
+                return  # `failure` says so, and whoever serves the run ends
 
     async def close(self) -> None:
         self.stop_waiting()

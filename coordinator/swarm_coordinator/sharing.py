@@ -30,7 +30,6 @@ INBOX = "inbox"
 ANSWER_S = 15.0
 CAMPAIGN_S = 1.0
 MAX_GROUP = 256
-AWAY = RefusedError("the coordinator is changing hands; send it again", status=503, code="changing-hands")
 
 
 @dataclass(frozen=True)
@@ -94,6 +93,11 @@ def answered(session: Session, number: int) -> Receipt | RefusedError | None:
     return None if found is None else _answer(found)
 
 
+def away() -> RefusedError:
+    """What is said when no driver answers."""
+    return RefusedError("the coordinator is changing hands; send it again", status=503, code="changing-hands")
+
+
 def topic(number: int) -> str:
     """What wakes whoever waits for an answer."""
     return f"answer:{number}"
@@ -135,6 +139,10 @@ class Sharing:
         except SQLAlchemyError as error:
             log.warning("the database does not answer: %s", error)
             return False
+
+    def resign(self) -> None:
+        """Give the office back."""
+        self._leadership.release()
 
     def close(self) -> None:
         if self._listener is not None:

@@ -138,3 +138,17 @@ def test_a_driver_that_lost_its_office_writes_nothing(make_cast: MakeCast) -> No
     assert receipt.new
     for journal in (old, new):
         journal.close()
+
+
+@pytest.mark.usefixtures("database_url")
+def test_a_service_whose_run_was_taken_over_says_so_and_its_clock_stops(make_cast: MakeCast) -> None:
+    cast = make_cast()
+
+    async def script() -> None:
+        async with asyncio.timeout(30), open_service(cast.home, cast.clock) as service:
+            other = Journal.open(cast.home, cast.now_ms)
+            await service.run_clock()  # comes back
+            assert service.failure == LOST
+            other.close()
+
+    asyncio.run(script())

@@ -164,7 +164,6 @@ def test_weights_and_biases_says_itself_where_to_go_on(run_spec: RunSpec, monkey
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_tensorboard_has_every_round_once(run_spec: RunSpec, tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard", reason="TensorBoard is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for rounds in ((0, 1), (2,)):

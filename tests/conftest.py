@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +28,10 @@ from swarm_protocol.spec import (
 )
 
 _GOLDEN = Path(__file__).parent / "fixtures" / "golden"
+
+# A shell that starts the tests in the background lets them ignore Ctrl-C, and everything that they start would as well.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Examples run beside other work on small machines, where a deadline per example says nothing about the code.
 settings.register_profile("swarm", deadline=None)

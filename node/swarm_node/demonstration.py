@@ -209,9 +209,6 @@ async def _watch(demo: _Demo, client: CoordinatorClient, honest: list[str]) -> d
             status = await client.status()
         except UnreachableError:
             demo.swarm.check("coordinator")
-        task = asyncio.current_task()
-        if task is not None and task.cancelling():  # Ctrl-C, which came as the request timed out
-            raise asyncio.CancelledError
         progress.note((status.get("round"), status.get("phase"), status and _pending(status)))
         demo.screen.update(status, {name: _node_status(demo, name) for name in demo.nodes})
         for name in honest:

@@ -38,7 +38,12 @@ class Answers:
             self._asked.move_to_end(topic)
             if len(self._asked) > MAX_QUESTIONS:
                 self._asked.popitem(last=False)
-        found = await asyncio.shield(asked[1])
+        try:
+            found = await asyncio.shield(asked[1])
+        except Exception:
+            if self._asked.get(topic) is asked:  # a database that was away is asked again
+                del self._asked[topic]
+            raise
         if found is not None:
             self._keep(topic, found)
         return found

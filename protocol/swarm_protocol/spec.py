@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from blake3 import blake3
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
 
 from swarm_protocol import PROTOCOL_VERSION, encoding
 from swarm_protocol.errors import ConfigurationError
@@ -68,6 +68,19 @@ class ModelSpec(_Section):
         heads = 1 if self.tie_word_embeddings else 2
         return heads * self.vocab_size * d + self.num_hidden_layers * per_layer + d
 
+    def num_trainable(self, trainable: TrainableSpec) -> int:
+        """Elements of what is trained."""
+        d, f, kv = self.hidden_size, self.intermediate_size, self.num_key_value_heads * self.head_dim
+        if trainable.kind == "all":
+            return self.num_parameters
+        if trainable.kind == "norms":
+            return (2 * self.num_hidden_layers + 1) * d
+        outputs_and_inputs = {
+            "q_proj": d + d, "k_proj": kv + d, "v_proj": kv + d, "o_proj": d + d,
+            "gate_proj": f + d, "up_proj": f + d, "down_proj": d + f,
+        }  # fmt: skip
+        return self.num_hidden_layers * trainable.r * sum(outputs_and_inputs[name] for name in trainable.targets)
+
     @property
     def flops_per_token(self) -> int:
         """Operations of training on one token, as is usual to count them: 6 N + 12 L H Q T (PaLM, appendix B)."""
@@ -75,6 +88,42 @@ class ModelSpec(_Section):
             12 * self.num_hidden_layers * self.num_attention_heads * self.head_dim * self.max_position_embeddings
         )
         return 6 * self.num_parameters + attention
+
+
+Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+class TrainableSpec(_Section):
+    """What is trained: the whole model, its gains, or adapters of low rank on some matrices (LoRA, Hu et al. 2021).
+
+    Where it is not the whole model, the rest is the trunk: fetched once by its root, and never sent again.
+    """
+
+    kind: Literal["all", "norms", "lora"] = "all"
+    r: int = Field(8, ge=1, le=1024, description="rank of the adapters (lora)")
+    alpha: int = Field(16, ge=1, le=1 << 16, description="an adapter counts alpha / r times (lora)")
+    targets: Annotated[tuple[Target, ...], Strict(False)] = Field(
+        ("q_proj", "v_proj"), min_length=1, max_length=7, description="the matrices that have adapters (lora)"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_name(cls, value: object) -> object:
+        return {"kind": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _each_once(self) -> Self:
+        if len(set(self.targets)) != len(self.targets):
+            raise ValueError("targets names a matrix twice")
+        return self
+
+
+class ParentSpec(_Section):
+    """The checkpoint of another run that this one starts from: what round `round` of it began with."""
+
+    run: Hash
+    round: int = Field(ge=0, lt=1 << 31)
+    root: Hash
 
 
 class DataConfig(_Section):
@@ -178,6 +227,12 @@ class RoundsSpec(_Section):
     exchange_s: float = Field(60.0, ge=1.0, le=86400.0)
     open_s: float = Field(10.0, ge=0.1, le=3600.0)
     keep_rounds: int = Field(4, ge=1, le=1000, description="rounds for which nodes keep inputs and evidence")
+    snapshot_every: int = Field(
+        10,
+        ge=1,
+        le=10_000,
+        description="rounds between checkpoints that are kept whole; the others are made from averages",
+    )
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Self:
@@ -228,6 +283,7 @@ class RunConfig(_Section):
         description="exact: the inner steps give the same bits anywhere, and audits compare hashes; native: torch's kernels",
     )
     model: ModelSpec = ModelSpec()
+    trainable: TrainableSpec = TrainableSpec()
     data: DataConfig = DataConfig()
     training: TrainingSpec = TrainingSpec()
     exchange: ExchangeSpec = ExchangeSpec()
@@ -264,7 +320,10 @@ class RunSpec(_Section):
     coordinator: Hash
     checkpoint: Hash = Field(description="root of checkpoint 0")
     beacon: Hash = Field(description="the end of the beacon chain")
+    parent: ParentSpec | None = None
+    trunk: Hash | None = Field(None, description="root of the frozen model's parameters, where not all is trained")
     model: ModelSpec
+    trainable: TrainableSpec = TrainableSpec()
     data: DataSpec
     training: TrainingSpec
     exchange: ExchangeSpec
@@ -297,6 +356,17 @@ class RunSpec(_Section):
     @cached_property
     def run_id(self) -> bytes:
         return blake3(self.encode(), derive_key_context="swarm-node 2026 run spec").digest()
+
+    @model_validator(mode="after")
+    def _trunk_fits(self) -> Self:
+        if (self.trunk is None) != (self.trainable.kind == "all"):
+            raise ValueError("a trunk is what a run has that does not train all of its model")
+        return self
+
+    @property
+    def num_trainable(self) -> int:
+        """Elements of the vector that is trained, exchanged and kept in checkpoints."""
+        return self.model.num_trainable(self.trainable)
 
     @property
     def tokens_per_step(self) -> int:

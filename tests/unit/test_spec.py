@@ -90,6 +90,7 @@ def run_spec(**fields: Any) -> RunSpec:
             exchange_s=60.0,
             open_s=10.0,
             keep_rounds=4,
+            snapshot_every=10,
         ),
         "audit": AuditSpec(
             probation=10,

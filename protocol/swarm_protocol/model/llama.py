@@ -86,11 +86,16 @@ def initial_parameters(spec: ModelSpec, seed: int) -> npt.NDArray[np.float32]:
         width = spec.initializer_range * math.sqrt(12.0)
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             width /= math.sqrt(2.0 * spec.num_hidden_layers)
-        for draw, start in enumerate(range(0, values.size, _DRAW_ELEMENTS)):
-            part = values[start : start + _DRAW_ELEMENTS]
-            raw = seeds.raw(seed, "initial parameters", 0, index, draw, part.size)
-            np.multiply(seeds.uniform_f32(raw), np.float32(width), out=part)
+        draw_uniform(values, width, seed, "initial parameters", index)
     return flat
+
+
+def draw_uniform(out: npt.NDArray[np.float32], width: float, seed: int, purpose: str, tensor: int) -> None:
+    """Fill a flat vector uniformly within [-width / 2, width / 2): the draws of a purpose's tensor number `tensor`."""
+    for draw, start in enumerate(range(0, out.size, _DRAW_ELEMENTS)):
+        part = out[start : start + _DRAW_ELEMENTS]
+        raw = seeds.raw(seed, purpose, 0, tensor, draw, part.size)
+        np.multiply(seeds.uniform_f32(raw), np.float32(width), out=part)
 
 
 class RMSNorm(nn.Module):

@@ -40,7 +40,7 @@ RETRY_S = 1.0
 
 
 class Averages:
-    """One node's averages of one round, decoded into `vector`, float32[num_parameters], whatever that held before.
+    """One node's averages of one round, decoded into `vector`, float32[num_trainable], whatever that held before.
 
     `report` is told of two part records that one reducer signed for one part.
     """
@@ -102,7 +102,7 @@ class Averages:
         return [part for part in range(len(self._slices)) if part not in self._decoded]
 
     async def finish(self, sealed: SealedRound) -> npt.NDArray[np.float32]:
-        """The averaged pseudo-gradient that the manifest means, float32[num_parameters]; +0 where a part is missing.
+        """The averaged pseudo-gradient that the manifest means, float32[num_trainable]; +0 where a part is missing.
 
         Raises:
             UnreachableError: an average is nowhere to be had.

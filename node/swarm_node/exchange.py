@@ -84,7 +84,7 @@ class Exchange:
         self.orders = parts.planned_reducers(spec, plan, commitments.by_slot)
         self.averages = Averages(
             spec, plan, plane=plane, client=client, folder=folder, evidence=evidence, measured=self._measured,
-            vector=np.empty(spec.model.num_parameters, np.float32) if vector is None else vector, report=self._expose,
+            vector=np.empty(spec.num_trainable, np.float32) if vector is None else vector, report=self._expose,
         )  # fmt: skip
         self.sketching: Sketching | None = None
         if sketching.needed(spec.exchange.aggregator, plan.roster, commitments.by_slot):

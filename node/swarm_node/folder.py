@@ -101,15 +101,16 @@ class RunFolder:
         """Check that what a run asks a node to keep fits on this disk.
 
         That is: the states of two rounds at every segment end, of `state_bytes` each; our parts and those that we reduce for
-        `keep_rounds`; two checkpoints.
+        `keep_rounds`; two checkpoints; the trunk, if there is one.
 
         Raises:
             ConfigurationError: it does not, and how much it is.
         """
         spec = self._spec
         states = 2 * len(spec.segments(spec.training.steps)) * state_bytes
-        parts = 2 * (spec.rounds.keep_rounds + 1) * 4 * spec.model.num_parameters
-        needed = states + parts + 2 * 8 * spec.model.num_parameters
+        parts = 2 * (spec.rounds.keep_rounds + 1) * 4 * spec.num_trainable
+        trunk = 4 * spec.model.num_parameters if spec.trunk else 0
+        needed = states + parts + 2 * 8 * spec.num_trainable + trunk
         held = sum(path.stat().st_size for path in self.root.rglob("*") if path.is_file())
         free = shutil.disk_usage(self.root).free
         if needed > held + free:

@@ -85,7 +85,7 @@ class Volunteer:
         self._faults = Faults((*faults.planned, *conduct.faults.planned))
         self._evidence = Evidence(self._faults)
         self._measured = Measured()
-        self._vector = np.empty(client.spec.model.num_parameters, np.float32)
+        self._vector = np.empty(client.spec.num_trainable, np.float32)
         self._desk = ExchangeDesk()
         self._stopping = asyncio.Event()
         self._checkpoint: Checkpoint | None = None

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from swarm_protocol.errors import InvalidDataError
 from swarm_protocol.model import llama
+from swarm_protocol.model.llama import Shapes
 from swarm_protocol.spec import ModelSpec, RunSpec, TrainableSpec
 
 Float32 = npt.NDArray[np.float32]
@@ -151,9 +152,9 @@ class Adapted:
         )
         shapes = llama.parameter_shapes(model)
         mine = trainable_shapes(model, trainable)
-        p, g = _views(mine, self.parameters), _views(mine, self.gradients)
-        w, trunk = _views(shapes, full), _views(shapes, self._trunk)
-        dw = _views(shapes, full_gradients) if full_gradients.numel() else w
+        p, g = llama.named_views(mine, self.parameters), llama.named_views(mine, self.gradients)
+        w, trunk = llama.named_views(shapes, full), llama.named_views(shapes, self._trunk)
+        dw = llama.named_views(shapes, full_gradients) if full_gradients.numel() else w
         self._gains = [_Gain(p[name], g[name], w[name], dw[name]) for name in mine if name in shapes]
         self._adapters = [
             _Adapter(
@@ -164,6 +165,7 @@ class Adapted:
             for name in adapted_matrices(model, trainable)
         ]
 
+    @torch.no_grad()
     def load(self, parameters: Float32, trunk: Float32 | None) -> None:
         """Take over trained parameters, and the trunk unless it is the array that was given before. `merge` comes next.
 
@@ -182,6 +184,13 @@ class Adapted:
             self._trunk.copy_(_tensor(trunk))
             self._full.copy_(self._trunk)
             self._trunk_given = trunk
+
+    @torch.no_grad()
+    def load_full(self, full: Float32) -> None:
+        """Put all of the model's parameters in place, as `full_parameters` made them; training begins with `load` again."""
+        _require(full, self._full.numel(), "the parameters")
+        self._full.copy_(_tensor(full))
+        self._trunk_given = None
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -234,17 +243,13 @@ class _Adapter:
     dw: Tensor
 
 
-def _places(shapes: dict[str, tuple[int, ...]]) -> dict[str, slice]:
+def _places(shapes: Shapes) -> dict[str, slice]:
     """Where each tensor lies in the flat vector."""
     found, offset = {}, 0
     for name, shape in shapes.items():
         found[name] = slice(offset, offset + math.prod(shape))
         offset = found[name].stop
     return found
-
-
-def _views(shapes: dict[str, tuple[int, ...]], flat: Tensor) -> dict[str, Tensor]:
-    return {name: flat[where].view(shapes[name]) for name, where in _places(shapes).items()}
 
 
 def _require(vector: Float32, size: int, what: str) -> None:

@@ -1,7 +1,8 @@
 """A checkpoint, and how the averages of a sealed round turn it into the next one. Exact domain.
 
-A checkpoint is everything that the next round needs: float32 parameters and the outer momentum, under one root. `advance`
-is the one function that nodes and the checkpoint worker both call, so that everybody ends with the same bytes.
+A checkpoint is everything that the next round needs beside the trunk, if the run has one: float32 parameters, of what is
+trained, and the outer momentum, under one root. `advance` is the one function that nodes and the checkpoint worker both call,
+so that everybody ends with the same bytes.
 """
 
 from __future__ import annotations
@@ -53,9 +54,9 @@ class Checkpoint:
         """Parse parameters || momentum.
 
         Raises:
-            HashMismatchError: another length than the model's, or another root.
+            HashMismatchError: another length than this run's, or another root.
         """
-        count = spec.model.num_parameters
+        count = spec.num_trainable
         if memoryview(data).nbytes != 8 * count:
             raise HashMismatchError(f"a checkpoint of this run has {8 * count} bytes")
         values = np.frombuffer(data, dtype="<f4").astype(np.float32, copy=False)
@@ -83,7 +84,7 @@ def advance(spec: RunSpec, checkpoint: Checkpoint, averages: Sequence[bytes | No
     """
     if len(averages) != parts.part_count(spec):
         raise InvalidDataError(f"{len(averages)} averages where this run has {parts.part_count(spec)} parts")
-    pseudo_gradient = np.zeros(spec.model.num_parameters, np.float32)
+    pseudo_gradient = np.zeros(spec.num_trainable, np.float32)
     for part, (where, data) in enumerate(zip(parts.slices(spec), averages, strict=True)):
         if data is not None:
             with contextlib.suppress(InvalidDataError):  # not sound: by rule, missing
@@ -92,7 +93,7 @@ def advance(spec: RunSpec, checkpoint: Checkpoint, averages: Sequence[bytes | No
 
 
 def step(spec: RunSpec, checkpoint: Checkpoint, pseudo_gradient: F32) -> Checkpoint:
-    """The next checkpoint, from the averaged pseudo-gradient, float32[num_parameters], +0 where parts are missing.
+    """The next checkpoint, from the averaged pseudo-gradient, float32[num_trainable], +0 where parts are missing.
 
     Raises:
         InvalidDataError: the result is not finite.

@@ -17,25 +17,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from swarm_protocol.model.llama import parameter_shapes, views
-from swarm_protocol.spec import ModelSpec, OptimizerSpec
+from swarm_protocol.model.llama import Shapes, named_views
+from swarm_protocol.spec import OptimizerSpec
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Coefficients of the quintic that maps singular values to about 1 (Jordan et al. 2024)."""
 
 
-def _muon_names(model: ModelSpec, optimizer: OptimizerSpec) -> frozenset[str]:
+def _muon_names(shapes: Shapes, optimizer: OptimizerSpec) -> frozenset[str]:
     if optimizer.name != "muon":
         return frozenset()
-    return frozenset(
-        name for name, shape in parameter_shapes(model).items() if name.startswith("model.layers.") and len(shape) == 2
-    )
+    return frozenset(name for name, shape in shapes.items() if name.startswith("model.layers.") and len(shape) == 2)
 
 
-def moment_sizes(model: ModelSpec, optimizer: OptimizerSpec) -> tuple[int, ...]:
+def moment_sizes(shapes: Shapes, optimizer: OptimizerSpec) -> tuple[int, ...]:
     """Lengths of the three runs of the moments vector: Muon's momenta, AdamW's first moments, AdamW's second moments."""
-    muon = _muon_names(model, optimizer)
-    sizes = {name: math.prod(shape) for name, shape in parameter_shapes(model).items()}
+    muon = _muon_names(shapes, optimizer)
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     by_muon = sum(sizes[name] for name in muon)
     by_adamw = sum(sizes.values()) - by_muon
     return by_muon, by_adamw, by_adamw
@@ -63,19 +61,20 @@ def orthogonalize(x_MRC: Tensor, steps: int) -> Tensor:
 
 
 class Optimizer:
-    """Steps over views of three flat vectors: parameters and gradients, both [num_parameters], and the moments."""
+    """Steps over views of three flat vectors: parameters and gradients, both of tensors of `shapes`, and the moments."""
 
     def __init__(
-        self, model: ModelSpec, optimizer: OptimizerSpec, parameters: Tensor, gradients: Tensor, moments: Tensor
+        self, shapes: Shapes, optimizer: OptimizerSpec, parameters: Tensor, gradients: Tensor, moments: Tensor
     ) -> None:
         self.spec = optimizer
         self._gradients = gradients
-        muon = _muon_names(model, optimizer)
-        triples = list(zip(parameter_shapes(model), views(model, parameters), views(model, gradients), strict=True))
-        by_muon = [(p, g) for name, p, g in triples if name in muon]
-        by_adamw = [(p, g) for name, p, g in triples if name not in muon]
+        muon = _muon_names(shapes, optimizer)
+        by_name = named_views(shapes, parameters), named_views(shapes, gradients)
+        pairs = [(name, by_name[0][name], by_name[1][name]) for name in shapes]
+        by_muon = [(p, g) for name, p, g in pairs if name in muon]
+        by_adamw = [(p, g) for name, p, g in pairs if name not in muon]
         self._p, self._g = [p for p, _ in by_adamw], [g for _, g in by_adamw]
-        momenta, first, second = torch.split(moments, list(moment_sizes(model, optimizer)))
+        momenta, first, second = torch.split(moments, list(moment_sizes(shapes, optimizer)))
         self._m, self._v = _like(first, self._p), _like(second, self._p)
         # Matrices of one shape, up to transposition, are orthogonalised as one stack: (parameter, gradient, momentum).
         stacks: dict[tuple[int, int], list[tuple[Tensor, Tensor, Tensor]]] = defaultdict(list)
@@ -121,8 +120,8 @@ class Optimizer:
         torch._foreach_add_(denominators, self.spec.eps)
         updates = torch._foreach_div(self._m, denominators)
         torch._foreach_mul_(updates, lr / (1.0 - b1 ** (step + 1)))
-        if self.spec.weight_decay:
-            torch._foreach_mul_([p for p in self._p if p.ndim == 2], 1.0 - lr * self.spec.weight_decay)
+        if self.spec.weight_decay and (matrices := [p for p in self._p if p.ndim == 2]):
+            torch._foreach_mul_(matrices, 1.0 - lr * self.spec.weight_decay)
         torch._foreach_sub_(self._p, updates)
 
 

@@ -24,7 +24,7 @@ _SLAB_ELEMENTS = 1 << 15
 def outer_step(
     spec: OuterSpec, parameters: Float32, momentum: Float32, pseudo_gradient: Float32
 ) -> tuple[Float32, Float32]:
-    """The next checkpoint's (parameters, momentum), new vectors; all are float32[num_parameters].
+    """The next checkpoint's (parameters, momentum), new vectors; all are float32[num_trainable].
 
     Raises:
         InvalidDataError: types or lengths differ, or the result is not finite.

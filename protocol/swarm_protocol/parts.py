@@ -31,27 +31,27 @@ ALIGNMENT = 256
 """Parts begin at multiples of this many elements, a multiple of every codec's block."""
 
 
-def suggested_parts(num_parameters: int, codec_name: codec.Name) -> int:
-    """How many parts suit a model: of up to 4 MiB each when encoded, and 8 at least, so that there is work for 8 reducers."""
-    whole = codec.get(codec_name).encoded_bytes(num_parameters)
+def suggested_parts(num_trainable: int, codec_name: codec.Name) -> int:
+    """How many parts suit what is trained: of up to 4 MiB each when encoded, and 8 at least, to give work to 8 reducers."""
+    whole = codec.get(codec_name).encoded_bytes(num_trainable)
     return max(8, -(-whole // SUGGESTED_PART_BYTES))
 
 
 @lru_cache(maxsize=16)
-def partition(num_parameters: int, parts: int) -> tuple[slice, ...]:
-    """Cut [0, num_parameters) into `parts` contiguous slices whose sizes differ by at most 256, none of them empty.
+def partition(numel: int, parts: int) -> tuple[slice, ...]:
+    """Cut [0, numel) into `parts` contiguous slices whose sizes differ by at most 256, none of them empty.
 
     There are fewer where the vector has fewer than `parts` blocks of 256 elements.
     """
-    blocks = -(-num_parameters // ALIGNMENT)
+    blocks = -(-numel // ALIGNMENT)
     count = min(parts, blocks)
-    bounds = [min(index * blocks // count * ALIGNMENT, num_parameters) for index in range(count + 1)] if count else []
+    bounds = [min(index * blocks // count * ALIGNMENT, numel) for index in range(count + 1)] if count else []
     return tuple(slice(start, stop) for start, stop in pairwise(bounds))
 
 
 def slices(spec: RunSpec) -> tuple[slice, ...]:
-    """The parts of a run's parameter vector."""
-    return partition(spec.model.num_parameters, spec.exchange.parts)
+    """The parts of the vector that a run trains."""
+    return partition(spec.num_trainable, spec.exchange.parts)
 
 
 def part_count(spec: RunSpec) -> int:
@@ -71,7 +71,7 @@ def encode_parts(spec: RunSpec, start: Float32, final: Float32) -> list[bytes]:
     Raises:
         InvalidDataError: the vectors are not this model's, or a difference is not finite.
     """
-    shape = (spec.model.num_parameters,)
+    shape = (spec.num_trainable,)
     for vector in (start, final):
         if vector.dtype != np.float32 or vector.shape != shape:
             raise InvalidDataError(
@@ -107,7 +107,7 @@ def require_sound(spec: RunSpec, part: int, data: bytes | bytearray | memoryview
 
 
 def assemble(spec: RunSpec, parts: Sequence[Float32 | None]) -> Float32:
-    """The pseudo-gradient that consists of decoded parts, float32[num_parameters]; a missing part (None) is +0.
+    """The pseudo-gradient that consists of decoded parts, float32[num_trainable]; a missing part (None) is +0.
 
     Raises:
         InvalidDataError: wrong number or sizes of parts.
@@ -115,7 +115,7 @@ def assemble(spec: RunSpec, parts: Sequence[Float32 | None]) -> Float32:
     where = slices(spec)
     if len(parts) != len(where):
         raise InvalidDataError(f"{len(parts)} parts where this run has {len(where)}")
-    whole = np.zeros(spec.model.num_parameters, np.float32)
+    whole = np.zeros(spec.num_trainable, np.float32)
     for index, (target, values) in enumerate(zip(where, parts, strict=True)):
         if values is None:
             continue

@@ -19,11 +19,10 @@ import numpy.typing as npt
 from swarm_protocol import parts, sketch, sketching
 from swarm_protocol.aggregate import sum_of_squares
 from swarm_protocol.errors import InvalidDataError
-from swarm_protocol.optimizers import moment_sizes
 from swarm_protocol.records import Comparison, Outcome, Sketches
 from swarm_protocol.spec import RunSpec
 from swarm_protocol.tolerances import Bounds
-from swarm_protocol.training import TrainState
+from swarm_protocol.training import TrainState, moment_sizes
 
 Float32 = npt.NDArray[np.float32]
 
@@ -169,7 +168,7 @@ def _statistic(spec: RunSpec, start: TrainState, claimed: TrainState, replayed: 
     distances = [relative_l2(claimed.parameters, replayed.parameters, start.parameters)]
     offset = 0
     # Kinds apart, because their sizes are: a forged second moment would vanish beside the first ones.
-    for size in moment_sizes(spec.model, spec.training.optimizer):
+    for size in moment_sizes(spec):
         kind = slice(offset, offset + size)
         distances.append(relative_l2(claimed.moments[kind], replayed.moments[kind]))
         offset += size

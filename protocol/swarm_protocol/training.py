@@ -19,10 +19,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from swarm_protocol import chunks, merkle
+from swarm_protocol import chunks, merkle, optimizers
+from swarm_protocol.adapters import Adapted, Native, full_parameters, trainable_shapes
 from swarm_protocol.errors import InvalidDataError, SwarmError
 from swarm_protocol.model import llama
-from swarm_protocol.optimizers import Optimizer, moment_sizes
+from swarm_protocol.optimizers import Optimizer
 from swarm_protocol.spec import RunSpec
 
 Float32 = npt.NDArray[np.float32]
@@ -88,7 +89,7 @@ class TrainState:
         Raises:
             InvalidDataError: the parameters are not this model's.
         """
-        state = cls(0, parameters, np.zeros(sum(moment_sizes(spec.model, spec.training.optimizer)), np.float32))
+        state = cls(0, parameters, np.zeros(sum(moment_sizes(spec)), np.float32))
         state.check(spec)
         return state
 
@@ -105,8 +106,7 @@ class TrainState:
         (step,) = _STEP.unpack_from(data, len(data) - _STEP.size)
         if step > spec.training.steps:
             raise InvalidDataError(f"a training state at step {step} of a round of {spec.training.steps}")
-        split = llama.num_parameters(spec.model)
-        return cls(step, floats[:split], floats[split:])
+        return cls(step, floats[: spec.num_trainable], floats[spec.num_trainable :])
 
     def buffers(self) -> tuple[Float32, Float32, bytes]:
         """Parameters, moments, and the step as 8 little-endian bytes: what state roots are made of."""
@@ -118,7 +118,7 @@ class TrainState:
 
     def check(self, spec: RunSpec) -> None:
         """Raises `InvalidDataError` if the vectors do not have the types and lengths that the spec asks for."""
-        expected = (llama.num_parameters(spec.model), sum(moment_sizes(spec.model, spec.training.optimizer)))
+        expected = (spec.num_trainable, sum(moment_sizes(spec)))
         for name, vector, size in zip(
             ("parameters", "moments"), (self.parameters, self.moments), expected, strict=True
         ):
@@ -130,8 +130,12 @@ class TrainState:
 
 def size_bytes(spec: RunSpec) -> int:
     """Length of a training state's bytes."""
-    moments = sum(moment_sizes(spec.model, spec.training.optimizer))
-    return 4 * (llama.num_parameters(spec.model) + moments) + _STEP.size
+    return 4 * (spec.num_trainable + sum(moment_sizes(spec))) + _STEP.size
+
+
+def moment_sizes(spec: RunSpec) -> tuple[int, ...]:
+    """Lengths of the runs of the moments vector: see `optimizers.moment_sizes`."""
+    return optimizers.moment_sizes(trainable_shapes(spec.model, spec.trainable), spec.training.optimizer)
 
 
 def trace_root(state_roots: Sequence[bytes]) -> bytes:
@@ -147,9 +151,14 @@ class Trainer:
         self._device = device
         self._model = llama.build(spec.model, device=device)
         self._gradients = torch.zeros_like(self._model.flat)
-        self._moments = torch.zeros(sum(moment_sizes(spec.model, spec.training.optimizer)), device=device)
+        self._adapted = Adapted(spec.model, spec.trainable, self._model.flat, self._gradients, Native())
+        self._moments = torch.zeros(sum(moment_sizes(spec)), device=device)
         self._optimizer = Optimizer(
-            spec.model, spec.training.optimizer, self._model.flat, self._gradients, self._moments
+            trainable_shapes(spec.model, spec.trainable),
+            spec.training.optimizer,
+            self._adapted.parameters,
+            self._adapted.gradients,
+            self._moments,
         )
         gradients = llama.views(spec.model, self._gradients)
         for parameter, gradient in zip(self._parameters(), gradients, strict=True):
@@ -160,6 +169,7 @@ class Trainer:
         state: TrainState,
         batch: Callable[[int], Tokens],
         stop: int,
+        trunk: Float32 | None = None,
         *,
         on_step: Callable[[int, float], None] | None = None,
         cancelled: Callable[[], bool] | None = None,
@@ -169,28 +179,29 @@ class Trainer:
             raise ValueError(f"a segment from step {state.step} cannot stop at step {stop}")
         state.check(self._spec)
         with deterministic():
-            llama.load_flat(self._model, state.parameters)
+            self._adapted.load(state.parameters, trunk)
             self._moments.copy_(_tensor(state.moments))
             for step in range(state.step, stop):
                 if cancelled is not None and cancelled():
                     raise TrainingCancelledError(f"stopped before step {step}")
+                self._adapted.merge()
                 loss = self._backward(batch(step))
                 if not math.isfinite(loss):
                     raise NonFiniteError(f"the loss of step {step} is {loss}; a lower learning rate may help")
+                self._adapted.pull_back()
                 self._optimizer.step(step)
                 if on_step is not None:
                     on_step(step, loss)
-            parameters = llama.flatten(self._model)
-            moments = np.array(self._moments.cpu().numpy())
+            parameters, moments = (np.array(x.cpu().numpy()) for x in (self._adapted.parameters, self._moments))
         if not (np.isfinite(parameters).all() and np.isfinite(moments).all()):
             raise NonFiniteError(f"a parameter or moment is not finite after step {stop - 1}; lower the learning rate")
         return TrainState(stop, parameters, moments)
 
-    def evaluate(self, parameters: Float32, batches: Iterable[Tokens]) -> float:
+    def evaluate(self, parameters: Float32, batches: Iterable[Tokens], trunk: Float32 | None = None) -> float:
         """See the function `evaluate`."""
         total, count = 0.0, 0
         with deterministic(), torch.no_grad():
-            llama.load_flat(self._model, parameters)
+            self._adapted.load_full(full_parameters(self._spec, parameters, trunk))
             for batch in batches:
                 tokens = self._tokens(batch)
                 predicted = tokens.shape[0] * (tokens.shape[1] - 1)
@@ -230,6 +241,7 @@ def run_segment(
     state: TrainState,
     batch: Callable[[int], Tokens],
     stop: int,
+    trunk: Float32 | None = None,
     *,
     device: str = "cpu",
     on_step: Callable[[int, float], None] | None = None,
@@ -239,12 +251,14 @@ def run_segment(
 
     Args:
         batch: tokens of a step of the round, int64 [batch_sequences, max_position_embeddings + 1].
+        trunk: all parameters of the frozen model, float32[num_parameters], where not everything is trained. An array that
+            was given before counts as the same trunk; it must not be written to.
         on_step: told the step and its mean training loss in nats per token.
         cancelled: asked before every step.
 
     Raises:
         NonFiniteError, TrainingCancelledError
-        InvalidDataError: the state or a batch does not fit the spec.
+        InvalidDataError: the state, the trunk or a batch does not fit the spec.
     """
     if spec.numerics == "exact":
         from swarm_protocol import exact  # which builds on this module
@@ -254,22 +268,32 @@ def run_segment(
             state,
             batch,
             stop,
+            trunk,
             device=device,
             limbs=spec.training.limbs,
             grain_sequences=spec.training.grain_sequences,
             on_step=on_step,
             cancelled=cancelled,
         )
-    return Trainer(spec, device=device).run(state, batch, stop, on_step=on_step, cancelled=cancelled)
+    return Trainer(spec, device=device).run(state, batch, stop, trunk, on_step=on_step, cancelled=cancelled)
 
 
-def evaluate(spec: RunSpec, parameters: Float32, batches: Iterable[Tokens], *, device: str = "cpu") -> float:
+def evaluate(
+    spec: RunSpec,
+    parameters: Float32,
+    batches: Iterable[Tokens],
+    trunk: Float32 | None = None,
+    *,
+    device: str = "cpu",
+) -> float:
     """Mean loss in nats per token over batches of tokens, each int64 [any number, S + 1]; in the tolerant domain.
+
+    `parameters` and `trunk` are as in `run_segment`.
 
     Raises:
         InvalidDataError: no batches, or vectors that do not fit the spec.
     """
-    return Trainer(spec, device=device).evaluate(parameters, batches)
+    return Trainer(spec, device=device).evaluate(parameters, batches, trunk)
 
 
 def _tensor(array: npt.NDArray[np.float32] | Tokens) -> torch.Tensor:

@@ -147,7 +147,7 @@ def test_the_gradient_of_the_whole_decoder(limbs: int, tied: bool) -> None:
     flat = llama.initial_parameters(model, 3) * np.float32(3)
     tokens = np.random.default_rng(0).integers(0, 40, (4, 13))
     found, loss = reference_step.backward(
-        model, reference_step.split(model, flat), tokens, limbs=limbs, grain_sequences=2
+        model, reference_step.split(llama.parameter_shapes(model), flat), tokens, limbs=limbs, grain_sequences=2
     )
     native = llama.build(model).double()
     leaves = {}
@@ -171,17 +171,15 @@ def test_an_optimizer_step_is_the_native_one_up_to_rounding(name: str, lr: float
     spec = segment.self_test_spec()
     optimizer = spec.training.optimizer.model_copy(update={"name": name, "lr": lr})
     spec = spec.model_copy(update={"training": spec.training.model_copy(update={"optimizer": optimizer})})
-    size = llama.num_parameters(spec.model)
-    p, g, moments = normal(size), normal(size, seed=1), np.zeros(sum(moment_sizes(spec.model, optimizer)), np.float32)
+    shapes, size = llama.parameter_shapes(spec.model), llama.num_parameters(spec.model)
+    p, g, moments = normal(size), normal(size, seed=1), np.zeros(sum(moment_sizes(shapes, optimizer)), np.float32)
     tensors = [torch.from_numpy(x.copy()) for x in (p, g, moments)]
-    native = Optimizer(spec.model, optimizer, *tensors)
-    gradients = reference_step.split(spec.model, g)
+    native = Optimizer(shapes, optimizer, *tensors)
+    gradients = reference_step.split(shapes, g)
     before, p0 = moments, p
     for step in range(3):
         tensors[1].copy_(torch.from_numpy(g))
         native.step(step)
-        p, moments = reference_step.optimize(
-            spec, reference_step.split(spec.model, p), moments, gradients, step, limbs=3
-        )
+        p, moments = reference_step.optimize(spec, reference_step.split(shapes, p), moments, gradients, step, limbs=3)
     assert off(p - p0, tensors[0].double().numpy() - p0) < error
     assert off(moments - before, tensors[2].double().numpy()) < error

@@ -19,7 +19,7 @@ from swarm_protocol.exact import rule
 from swarm_protocol.exact.segment import Trainer
 from swarm_protocol.spec import RunSpec
 from swarm_protocol.sums import of_squares as sum_of_squares
-from swarm_protocol.training import Tokens, TrainState
+from swarm_protocol.training import Float32, Tokens, TrainState
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ def observe_step(
     spec: RunSpec,
     state: TrainState,
     tokens: Tokens,
+    trunk: Float32 | None = None,
     *,
     device: str = "cpu",
     limbs: int = 2,
@@ -88,7 +89,7 @@ def observe_step(
     trainer = Trainer(
         spec, device=device, limbs=limbs, grain_sequences=sequences, micro_sequences=sequences, observe=observe
     )
-    end = trainer.run(state, lambda _: tokens, state.step + 1)
+    end = trainer.run(state, lambda _: tokens, state.step + 1, trunk)
     for operator, vector in (("optimizer, parameters", end.parameters), ("optimizer, moments", end.moments)):
         found.append(Observation.of(grain, operator, vector))
     return end, found

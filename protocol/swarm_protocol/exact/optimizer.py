@@ -12,9 +12,9 @@ from swarm_protocol.exact import rule
 from swarm_protocol.exact.passes import Passes
 from swarm_protocol.exact.products import Products, Scratch
 from swarm_protocol.exact.rule import StepScalars
-from swarm_protocol.model.llama import parameter_shapes, views
+from swarm_protocol.model.llama import Shapes, named_views
 from swarm_protocol.optimizers import moment_sizes
-from swarm_protocol.spec import ModelSpec, OptimizerSpec
+from swarm_protocol.spec import OptimizerSpec
 from swarm_protocol.training import NonFiniteError
 
 
@@ -23,7 +23,7 @@ class Optimizer:
 
     def __init__(
         self,
-        model: ModelSpec,
+        shapes: Shapes,
         optimizer: OptimizerSpec,
         parameters: Tensor,
         gradients: Tensor,
@@ -37,13 +37,13 @@ class Optimizer:
     ) -> None:
         self._spec, self._gradients, self._status, self._limbs = optimizer, gradients, status, limbs
         self._products, self._passes, self._scratch = products, passes, scratch
-        momenta, first, second = torch.split(moments, list(moment_sizes(model, optimizer)))
+        momenta, first, second = torch.split(moments, list(moment_sizes(shapes, optimizer)))
         self._muon: list[tuple[Tensor, Tensor, Tensor]] = []
         self._adamw: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         taken = [0, 0]
-        for (name, shape), p, g in zip(
-            parameter_shapes(model).items(), views(model, parameters), views(model, gradients), strict=True
-        ):
+        by_name = named_views(shapes, parameters), named_views(shapes, gradients)
+        for name, shape in shapes.items():
+            p, g = (views[name] for views in by_name)
             by_muon = optimizer.name == "muon" and len(shape) == 2 and name.startswith("model.layers.")
             kind = 0 if by_muon else 1
             part = slice(taken[kind], taken[kind] + math.prod(shape))

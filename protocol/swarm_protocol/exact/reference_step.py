@@ -1,12 +1,14 @@
-"""The reference's whole training step: the decoder of docs/numerics.md forward and backward, clipping, AdamW and Muon."""
+"""The reference's whole training step: the decoder of docs/numerics.md both ways, adapters, clipping, AdamW and Muon."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
 
+from swarm_protocol.adapters import trainable_shapes
 from swarm_protocol.exact import rule
 from swarm_protocol.exact.reference import (
     Attention,
@@ -30,9 +32,9 @@ from swarm_protocol.exact.reference import (
     times_operand,
 )
 from swarm_protocol.exact.rule import StepScalars
-from swarm_protocol.model.llama import parameter_shapes
+from swarm_protocol.model.llama import Shapes, parameter_shapes
 from swarm_protocol.optimizers import moment_sizes
-from swarm_protocol.spec import ModelSpec, RunSpec
+from swarm_protocol.spec import ModelSpec, RunSpec, TrainableSpec
 
 Tensors = dict[str, Float32]
 
@@ -44,13 +46,22 @@ def step(
     step: int,
     tokens: npt.NDArray[np.int64],
     *,
+    trunk: Float32 | None = None,
     limbs: int = 2,
     grain_sequences: int | None = None,
 ) -> tuple[Float32, Float32, float]:
-    """Inner step number `step` of a round: new parameters and moments, both flat, and the loss in nats per token."""
+    """Inner step number `step` of a round: new parameters and moments, both flat, and the loss in nats per token.
+
+    `parameters` are what is trained; where that is not everything, the rest is the trunk's, float32[num_parameters].
+    """
     grain = grain_sequences or rule.default_grain(spec.model)
-    by_name = split(spec.model, parameters)
-    gradients, loss = backward(spec.model, by_name, tokens, limbs=limbs, grain_sequences=grain)
+    by_name = split(trainable_shapes(spec.model, spec.trainable), parameters)
+    full = by_name
+    if trunk is not None:
+        full = merge(spec.trainable, split(parameter_shapes(spec.model), trunk), by_name, limbs=limbs)
+    gradients, loss = backward(spec.model, full, tokens, limbs=limbs, grain_sequences=grain)
+    if trunk is not None:
+        gradients = pull_back(spec.trainable, by_name, gradients, limbs=limbs)
     return *optimize(spec, by_name, moments, gradients, step, limbs=limbs), loss
 
 
@@ -185,6 +196,42 @@ def _heads_gradient(
     return d_qkv
 
 
+# --- What is trained
+
+
+def merge(trainable: TrainableSpec, trunk: Tensors, trained: Tensors, *, limbs: int) -> Tensors:
+    """All parameters by name: gains replaced, or w = trunk + (b · a) · alpha / r."""
+    if trainable.kind == "norms":
+        return trunk | trained
+    merged, counts = dict(trunk), F(trainable.alpha) / F(trainable.r)
+    for matrix, a, b in _adapters(trained):
+        a_rows = operand(a, limbs)
+        merged[matrix] = trunk[matrix] + times_operand(b * a_rows.scales[None, :], a_rows, limbs) * counts
+    return merged
+
+
+def pull_back(trainable: TrainableSpec, trained: Tensors, gradients: Tensors, *, limbs: int) -> Tensors:
+    """The gradients of what is trained, by name, from those of all parameters."""
+    if trainable.kind == "norms":
+        return {name: gradients[name] for name in trained}
+    found, counts = Tensors(), F(trainable.alpha) / F(trainable.r)
+    for matrix, a, b in _adapters(trained):
+        name = matrix.removesuffix(".weight")
+        dw, a_rows = operand(gradients[matrix], limbs), operand(a, limbs)
+        db = product(dw.limbs(limbs), dw.e, [limb.T for limb in a_rows.limbs(limbs)], a_rows.e)
+        found[f"{name}.lora_A.weight"] = times_operand(b.T * dw.scales[None, :], dw, limbs) * counts
+        found[f"{name}.lora_B.weight"] = db * counts
+    return found
+
+
+def _adapters(trained: Tensors) -> Iterator[tuple[str, Float32, Float32]]:
+    """Per adapter: the name of its matrix, a [r, inputs] and b [outputs, r]."""
+    for name, a in trained.items():
+        if name.endswith(".lora_A.weight"):
+            matrix = name.removesuffix(".lora_A.weight")
+            yield f"{matrix}.weight", a, trained[f"{matrix}.lora_B.weight"]
+
+
 # --- Optimizer
 
 
@@ -194,11 +241,11 @@ def optimize(
     """Clip, then Muon for the matrices of the layers where the spec says so, and AdamW for the rest."""
     optimizer = spec.training.optimizer
     scalars = StepScalars.of(optimizer, step)
-    shapes = parameter_shapes(spec.model)
+    shapes = trainable_shapes(spec.model, spec.trainable)
     flat = np.concatenate([gradients[name].reshape(-1) for name in shapes])
     norm = np.sqrt(sum_of_squares(flat))
     factor = F(scalars.clip_norm) / np.maximum(norm, F(scalars.clip_norm))
-    sizes = moment_sizes(spec.model, optimizer)
+    sizes = moment_sizes(shapes, optimizer)
     momenta, first, second = np.split(moments, [sizes[0], sizes[0] + sizes[1]])
     new: list[list[Float32]] = [[], [], [], []]
     for name, shape in shapes.items():
@@ -256,9 +303,9 @@ def times_itself(a: Operand, limbs: int) -> Float32:
     return product(digits, a.e, [limb.T for limb in digits], a.e)
 
 
-def split(model: ModelSpec, flat: Float32) -> Tensors:
+def split(shapes: Shapes, flat: Float32) -> Tensors:
     found, offset = {}, 0
-    for name, shape in parameter_shapes(model).items():
+    for name, shape in shapes.items():
         found[name] = flat[offset : offset + math.prod(shape)].reshape(shape)
         offset += math.prod(shape)
     return found

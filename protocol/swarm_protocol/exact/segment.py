@@ -16,14 +16,15 @@ import numpy.typing as npt
 import torch
 from blake3 import blake3
 
+from swarm_protocol.adapters import Adapted, trainable_shapes
 from swarm_protocol.errors import ConfigurationError, InvalidDataError, UnsupportedPlatformError
 from swarm_protocol.exact import rule
 from swarm_protocol.exact.backend import Backend, candidates, multiplies_exactly
 from swarm_protocol.exact.decoder import Decoder, Observe
+from swarm_protocol.exact.low_rank import ExactLowRank
 from swarm_protocol.exact.optimizer import Optimizer
 from swarm_protocol.exact.products import Products, Scratch
 from swarm_protocol.model import llama
-from swarm_protocol.optimizers import moment_sizes
 from swarm_protocol.spec import (
     AuditSpec,
     DataSpec,
@@ -35,7 +36,15 @@ from swarm_protocol.spec import (
     RunSpec,
     TrainingSpec,
 )
-from swarm_protocol.training import NonFiniteError, Tokens, TrainingCancelledError, TrainState, deterministic
+from swarm_protocol.training import (
+    Float32,
+    NonFiniteError,
+    Tokens,
+    TrainingCancelledError,
+    TrainState,
+    deterministic,
+    moment_sizes,
+)
 
 
 class Trainer:
@@ -64,15 +73,17 @@ class Trainer:
         wanted = micro_sequences or spec.training.micro_sequences
         self._micro = max(grain, wanted // grain * grain)
         backend = backend or trusted_backend(device)
-        scratch, size = Scratch(self._device), llama.num_parameters(spec.model)
-        self._parameters, self._gradients = (torch.zeros(size, device=self._device) for _ in range(2))
-        self._moments = torch.zeros(sum(moment_sizes(spec.model, spec.training.optimizer)), device=self._device)
+        scratch, size = Scratch(self._device), spec.model.num_parameters
+        full, gradients = (torch.zeros(size, device=self._device) for _ in range(2))
+        self._moments = torch.zeros(sum(moment_sizes(spec)), device=self._device)
         self._status = torch.zeros(1, dtype=torch.int32, device=self._device)
         products = Products(backend.passes, backend.multiply, limbs, scratch)
+        low_rank = ExactLowRank(products, backend.passes, scratch, self._status, limbs=limbs)
+        self._adapted = Adapted(spec.model, spec.trainable, full, gradients, low_rank)
         self._decoder = Decoder(
             spec.model,
-            self._parameters,
-            self._gradients,
+            full,
+            gradients,
             products,
             backend.passes,
             scratch,
@@ -82,10 +93,10 @@ class Trainer:
             observe=observe,
         )
         self._optimizer = Optimizer(
-            spec.model,
+            trainable_shapes(spec.model, spec.trainable),
             spec.training.optimizer,
-            self._parameters,
-            self._gradients,
+            self._adapted.parameters,
+            self._adapted.gradients,
             self._moments,
             products,
             backend.passes,
@@ -99,6 +110,7 @@ class Trainer:
         state: TrainState,
         batch: Callable[[int], Tokens],
         stop: int,
+        trunk: Float32 | None = None,
         *,
         on_step: Callable[[int, float], None] | None = None,
         cancelled: Callable[[], bool] | None = None,
@@ -108,7 +120,7 @@ class Trainer:
             raise ValueError(f"a segment from step {state.step} cannot stop at step {stop}")
         state.check(self._spec)
         with deterministic(), torch.no_grad():
-            self._parameters.copy_(_tensor(state.parameters))
+            self._adapted.load(state.parameters, trunk)
             self._moments.copy_(_tensor(state.moments))
             for step in range(state.step, stop):
                 if cancelled is not None and cancelled():
@@ -116,7 +128,7 @@ class Trainer:
                 loss = self._step(step, batch(step))
                 if on_step is not None:
                     on_step(step, loss)
-            parameters, moments = (np.array(x.cpu().numpy()) for x in (self._parameters, self._moments))
+            parameters, moments = (np.array(x.cpu().numpy()) for x in (self._adapted.parameters, self._moments))
         if not (np.isfinite(parameters).all() and np.isfinite(moments).all()):
             raise NonFiniteError(f"a parameter or moment is not finite after step {stop - 1}; lower the learning rate")
         return TrainState(stop, parameters, moments)
@@ -129,6 +141,7 @@ class Trainer:
         if not 0 <= int(batch.min()) <= int(batch.max()) < model.vocab_size:
             raise InvalidDataError(f"a token is outside this model's vocabulary of {model.vocab_size}")
         self._status.zero_()
+        self._adapted.merge()
         self._decoder.load()
         total, tokens = np.float32(0), _tensor(batch).to(self._device)
         divisor = training.batch_sequences * model.max_position_embeddings
@@ -136,6 +149,7 @@ class Trainer:
             for share in self._decoder.backward(micro, divisor, first=index == 0):
                 total = np.float32(total + share)
         self._decoder.finish()
+        self._adapted.pull_back()
         if not math.isfinite(total):
             raise NonFiniteError(f"the loss of step {step} is {total}; a lower learning rate may help")
         self._optimizer.step(step)
@@ -149,6 +163,7 @@ def run_segment(
     state: TrainState,
     batch: Callable[[int], Tokens],
     stop: int,
+    trunk: Float32 | None = None,
     *,
     device: str = "cpu",
     limbs: int = 2,
@@ -160,6 +175,7 @@ def run_segment(
 
     Args:
         batch: tokens of a step of the round, int64 [batch_sequences, max_position_embeddings + 1].
+        trunk: as in `training.run_segment`.
         limbs: 2 or 3 limbs per operand, part of the run's definition; so is
         grain_sequences: sequences per grain, by default the fewest that hold 2,048 tokens.
         on_step: told the step and its mean training loss in nats per token.
@@ -167,12 +183,12 @@ def run_segment(
 
     Raises:
         NonFiniteError, TrainingCancelledError
-        InvalidDataError: the state or a batch does not fit the spec.
+        InvalidDataError: the state, the trunk or a batch does not fit the spec.
         UnsupportedPlatformError: this machine's arithmetic did not pass the self-test.
     """
     key = (spec, device, limbs, grain_sequences, trusted_backend(device))
     trainer = _take(key) or Trainer(spec, device=device, limbs=limbs, grain_sequences=grain_sequences)
-    end = trainer.run(state, batch, stop, on_step=on_step, cancelled=cancelled)
+    end = trainer.run(state, batch, stop, trunk, on_step=on_step, cancelled=cancelled)
     _keep(key, trainer)
     return end
 

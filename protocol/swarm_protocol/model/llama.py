@@ -14,7 +14,7 @@ heads, H head size.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import cast
 
 import numpy as np
@@ -26,6 +26,9 @@ from torch.nn import functional as F  # noqa: N812  (the name everybody reads)
 from swarm_protocol import seeds
 from swarm_protocol.errors import InvalidDataError
 from swarm_protocol.spec import ModelSpec
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Name and shape of tensors, in the order in which they lie in a flat vector."""
 
 _DRAW_ELEMENTS = 1 << 20
 """Initial weights are drawn in runs of this many elements, one counter each, so that no tensor's raw draws are held whole."""
@@ -228,9 +231,13 @@ def build(spec: ModelSpec, *, device: str = "cpu") -> Llama:
 
 def views(spec: ModelSpec, flat: Tensor) -> list[Tensor]:
     """The flat vector as one view per parameter, in canonical order."""
-    shapes = list(parameter_shapes(spec).values())
-    parts = torch.split(flat, [math.prod(shape) for shape in shapes])
-    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+    return list(named_views(parameter_shapes(spec), flat).values())
+
+
+def named_views(shapes: Shapes, flat: Tensor) -> dict[str, Tensor]:
+    """A flat vector as one view per tensor, which lie in it one after the other."""
+    parts = torch.split(flat, [math.prod(shape) for shape in shapes.values()])
+    return {name: part.view(shapes[name]) for name, part in zip(shapes, parts, strict=True)}
 
 
 def load_flat(model: Llama, flat: npt.NDArray[np.float32]) -> None:

@@ -13,6 +13,7 @@ import logging
 import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -21,6 +22,7 @@ from swarm_node import contribution as contributions
 from swarm_node import evidence, reduction_evidence
 from swarm_node.activity import Activity
 from swarm_node.averages import Averages
+from swarm_node.checkpoints import CheckpointKeeper
 from swarm_node.conduct import HONEST, Conduct
 from swarm_node.contribution import Contribution, Progress
 from swarm_node.evidence import Evidence
@@ -87,8 +89,10 @@ class Volunteer:
         self._measured = Measured()
         self._vector = np.empty(client.spec.num_trainable, np.float32)
         self._desk = ExchangeDesk()
+        self._keeper = CheckpointKeeper(
+            client, plane, self._run_folder, say=say, fetching=partial(self._tell, "fetching the checkpoint")
+        )
         self._stopping = asyncio.Event()
-        self._checkpoint: Checkpoint | None = None
         self._bootstrap: list[str] = []
         self._tokens_per_s = 1000.0
         self._background: set[asyncio.Task[None]] = set()
@@ -107,7 +111,7 @@ class Volunteer:
             UnreachableError: the coordinator was gone for longer than `PATIENCE_S`.
         """
         self._evidence.restore(self._spec, self._run_folder)
-        self._checkpoint = await asyncio.to_thread(self._run_folder.load_checkpoint)
+        await self._keeper.restore()
         served = {**self._evidence.handlers, **reduction_evidence.handlers(self._spec, self._run_folder)}
         await self._plane.serve({**self._conduct.evidence(served), **self._desk.handlers})
         await self._register()
@@ -117,7 +121,7 @@ class Volunteer:
         try:
             while not self._stopping.is_set():
                 status = await self._patiently(self._client.status)
-                checkpoint = await self._catch_up()
+                checkpoint = await self._patiently(self._keeper.catch_up)
                 if status["phase"] == "finished" and checkpoint.round == status["round"]:
                     held = f"{checkpoint.round} rounds, checkpoint {checkpoint.root.hex()[:12]}"
                     self._say(f"The run is finished, {status['ended']}: {held}.")
@@ -189,29 +193,10 @@ class Volunteer:
 
         await self._plane.announce(await asyncio.to_thread(self._ledger.sign_next, record))
 
-    # The checkpoint
-
-    async def _catch_up(self) -> Checkpoint:
-        """Hold the newest sealed checkpoint, from our disk or, verified chunk by chunk, from the coordinator."""
-        round_number, root = await self._patiently(self._client.latest_checkpoint)
-        held = self._checkpoint
-        if held is None or held.round < round_number or (held.round == round_number and held.root != root):
-            self._tell("fetching the checkpoint", round=round_number)
-            held = await self._patiently(lambda: fetch.checkpoint(self._client, round_number, root))
-            await self._hold(held)
-            self._say(f"Fetched checkpoint {round_number} ({root.hex()[:12]}), every chunk verified.")
-        return held
-
-    async def _hold(self, checkpoint: Checkpoint) -> None:
-        await asyncio.to_thread(self._run_folder.save_checkpoint, checkpoint)
-        self._checkpoint = checkpoint
-        self.progress.checkpoint = {"round": checkpoint.round, "root": checkpoint.root.hex()}
-
     # A round
 
     async def _wait_for_plan(self, checkpoint: Checkpoint) -> RoundPlan | None:
         """Say that we are ready until the round is planned; None when the donor wants to stop or the run is over."""
-        self.progress.checkpoint = {"round": checkpoint.round, "root": checkpoint.root.hex()}
         self._tell("waiting for the round to start", round=checkpoint.round)
         pause_s = min(POLL_S, self._spec.rounds.presence_s / 3)
         while not self._stopping.is_set():
@@ -289,7 +274,7 @@ class Volunteer:
         if mine is not None:
             self._in_background(self._open_nonce(plan, mine))
             self._in_background(self._keep_what_is_drawn(plan, mine))
-        await self._hold(await self._advance(plan, checkpoint, sealed, exchange.averages))
+        await self._keeper.hold(await self._advance(plan, checkpoint, sealed, exchange.averages))
         self._in_background(self._forget(plan.round - self._spec.rounds.keep_rounds))
 
     async def _contribute(
@@ -382,7 +367,7 @@ class Volunteer:
             self._say(f"Round {plan.round}: sealed, checkpoint {following.root.hex()[:12]}{note}.")
             return following
         self._say(f"Round {plan.round}: {reason}; fetching checkpoint {sealed.manifest.root.hex()[:12]} instead.")
-        return await self._patiently(lambda: fetch.checkpoint(self._client, plan.round + 1, sealed.manifest.root))
+        return await self._patiently(lambda: self._keeper.fetch(plan.round + 1, sealed.manifest.root))
 
     async def _open_nonce(self, plan: RoundPlan, mine: Contribution) -> None:
         opening = NonceOpening(run=self._spec.run_id, round=plan.round, slot=mine.slot, nonce=mine.nonce)
@@ -479,7 +464,9 @@ class Volunteer:
     def _tell(
         self, state: str, round: int | None = None, step: int = 0, steps: int = 0, loss: float | None = None
     ) -> None:
-        progress = self.progress
+        progress, held = self.progress, self._keeper.current
+        if held is not None:
+            progress.checkpoint = {"round": held.round, "root": held.root.hex()}
         progress.state, progress.step, progress.steps = state, step, steps
         progress.round = progress.round if round is None else round
         progress.loss = progress.loss if loss is None else loss

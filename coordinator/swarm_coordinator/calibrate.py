@@ -84,7 +84,7 @@ def calibrate(config: RunConfig, out: Path, effort: Effort, say: Callable[[str],
     with tempfile.TemporaryDirectory(prefix="swarm-calibrate-") as name:
         folder = Path(name)
         training.configure(1)
-        say(f"warming up {config.model.num_parameters:,} parameters")
+        say(f"warming up {config.model.num_trainable(config.trainable):,} parameters")
         chosen = list(runtimes())[: effort.runtimes]
         micros = _micro_batches(config)[: effort.micro_batches]
         prepared = Prepared.make(folder, config, effort.warm_up_steps)
@@ -152,6 +152,7 @@ def _tolerances(config: RunConfig, effort: Effort, folder: Path, found: list[dic
     return Tolerances(
         model=config.model,
         training=config.training,
+        trainable=config.trainable,
         contributions=effort.contributions,
         runtimes={hashes[name]: facts for name, facts in names.items()},
         precisions={

@@ -92,6 +92,8 @@ def init(
     typer.echo(f"coordinator  {peer_id(key)}")
     typer.echo(f"key          {key.hex()}")
     typer.echo(f"model        {sealed.model.num_parameters:,} parameters, {sealed.data.train_tokens:,} training tokens")
+    if sealed.trainable.kind != "all":
+        typer.echo(f"trained      {sealed.num_trainable:,} of them ({sealed.trainable.kind})")
     typer.echo(f"serve it     swarm-coordinator serve {directory}")
     invitation = f" --token {token}" if token else ""
     typer.echo(f"join it      swarm-node join http://127.0.0.1:8470{invitation} --trust {peer_id(key)}")

@@ -23,15 +23,16 @@ import torch
 
 from swarm_coordinator.run_directory import RunDirectory
 from swarm_coordinator.store import Store
-from swarm_protocol import data, training
+from swarm_protocol import adapters, data, training
 from swarm_protocol.checkpoint import Checkpoint
-from swarm_protocol.chunks import StateManifest
+from swarm_protocol.chunks import StateManifest, manifest_of
 from swarm_protocol.data import Dataset, DatasetManifest
-from swarm_protocol.errors import ConfigurationError, SwarmError
+from swarm_protocol.errors import ConfigurationError, HashMismatchError, SwarmError
 from swarm_protocol.model import llama
 from swarm_protocol.processes import bound_to_parent
 from swarm_protocol.records import MAX_SAMPLE_CHARACTERS
 from swarm_protocol.spec import RunSpec
+from swarm_protocol.training import Float32
 
 SAMPLE_EVERY = int(os.environ.get("SWARM_SAMPLE_EVERY", "10"))
 """Rounds between samples; 0 for none. The last checkpoint always has one, unless there are none."""
@@ -129,29 +130,42 @@ class Bench:
 
     def measure(self, root: bytes, *, sample: bool) -> Measured:
         """Raises `SwarmError` if the checkpoint is not in the store, or is not what its root says."""
-        checkpoint = self._checkpoint(root)
+        parameters = self._checkpoint(root).parameters
         tokens = sum(batch.shape[0] * (batch.shape[1] - 1) for batch in self._batches)
-        loss = training.evaluate(self._spec, checkpoint.parameters, self._batches)
-        return Measured(loss, tokens, self._sample(checkpoint) if sample else None)
+        loss = training.evaluate(self._spec, parameters, self._batches, self._trunk)
+        return Measured(loss, tokens, self._sample(parameters) if sample else None)
 
-    def _sample(self, checkpoint: Checkpoint) -> str | None:
+    def _sample(self, parameters: Float32) -> str | None:
         if self._decode is None:
             return None
         window = self._batches[0][0]
         prompt = [int(token) for token in window[: min(PROMPT_TOKENS, len(window) // 2)]]
-        written = continuation(self._spec, checkpoint, prompt, SAMPLE_TOKENS)
+        full = adapters.full_parameters(self._spec, parameters, self._trunk)
+        written = continuation(self._spec, full, prompt, SAMPLE_TOKENS)
         return printable(self._decode(prompt) + MARK + self._decode(written))
 
     @cached_property
     def _decode(self) -> Decode | None:
         return decoder(self._spec.data.tokenizer, self._store)
 
+    @cached_property
+    def _trunk(self) -> Float32 | None:
+        if self._spec.trunk is None:
+            return None
+        data = self._state(bytes.fromhex(self._spec.trunk), 4 * self._spec.model.num_parameters)
+        if manifest_of(data).root.hex() != self._spec.trunk:
+            raise HashMismatchError("the trunk in the object store is damaged; restore it from a backup")
+        return np.frombuffer(data, "<f4")
+
     def _checkpoint(self, root: bytes) -> Checkpoint:
+        return Checkpoint.from_bytes(self._spec, 0, self._state(root, 8 * self._spec.num_trainable), root)
+
+    def _state(self, root: bytes, size_bytes: int) -> bytes:
         raw = self._store.get_checkpoint(root)
         if raw is None:
             raise ConfigurationError(f"checkpoint {root.hex()} is not in the object store; restore it from a backup")
-        manifest = StateManifest.decode(raw, max_size_bytes=8 * self._spec.model.num_parameters)
-        return Checkpoint.from_bytes(self._spec, 0, b"".join(map(self._blob, manifest.hashes)), root)
+        manifest = StateManifest.decode(raw, max_size_bytes=size_bytes)
+        return b"".join(map(self._blob, manifest.hashes))
 
     def _blob(self, digest: bytes) -> bytes:
         found = self._store.get(digest)
@@ -160,10 +174,10 @@ class Bench:
         return found
 
 
-def continuation(spec: RunSpec, checkpoint: Checkpoint, prompt: Sequence[int], count: int) -> list[int]:
-    """`count` tokens after a prompt of at least one, each drawn at `TEMPERATURE` from the model's distribution."""
+def continuation(spec: RunSpec, parameters: Float32, prompt: Sequence[int], count: int) -> list[int]:
+    """`count` tokens after a prompt of at least one, each drawn at `TEMPERATURE` from the distribution of the full model."""
     model = llama.build(spec.model)
-    llama.load_flat(model, checkpoint.parameters)
+    llama.load_flat(model, parameters)
     chance = np.random.default_rng(spec.seed)
     tokens = list(prompt)
     with training.deterministic(), torch.no_grad():

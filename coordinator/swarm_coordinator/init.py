@@ -14,6 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+
 from swarm_coordinator import config as configuration
 from swarm_coordinator.config import CoordinatorConfig
 from swarm_coordinator.run_directory import RunDirectory
@@ -72,9 +75,9 @@ def initialise(options: Options) -> RunSpec:
 
 def _build(directory: RunDirectory, options: Options) -> RunSpec:
     # Torch takes seconds to load, and nothing else of the coordinator needs it.
+    from swarm_protocol import adapters
     from swarm_protocol.checkpoint import Checkpoint
     from swarm_protocol.corpus import write_dataset
-    from swarm_protocol.model.llama import initial_parameters
 
     config = options.config
     configuration.write(directory.config_file, options.serving)
@@ -82,7 +85,9 @@ def _build(directory: RunDirectory, options: Options) -> RunSpec:
     audit = _with_tolerances(config, options.tolerances, store)
     dataset = write_dataset(config.data, config.model, options.corpus, lambda blob: store.put(content_hash(blob), blob))
     store.put(dataset.root, dataset.encode())
-    checkpoint = Checkpoint.initial(initial_parameters(config.model, config.seed))
+    base = base_parameters(config, options)
+    trunk = None if config.trainable.kind == "all" else store.put_state(base).root.hex()
+    checkpoint = Checkpoint.initial(adapters.initial(config.model, config.trainable, config.seed, base))
     root = store.put_state(*checkpoint.buffers).root
     identity, seed = Identity.generate(), secrets.token_bytes(32)
     identity.save(directory.coordinator_key)
@@ -99,7 +104,9 @@ def _build(directory: RunDirectory, options: Options) -> RunSpec:
         coordinator=identity.public_key.hex(),
         checkpoint=root.hex(),
         beacon=chain_end(seed, config.rounds.count).hex(),
+        trunk=trunk,
         model=config.model,
+        trainable=config.trainable,
         data=DataSpec(
             root=dataset.root.hex(),
             tokenizer=dataset.tokenizer,
@@ -116,12 +123,20 @@ def _build(directory: RunDirectory, options: Options) -> RunSpec:
     return spec
 
 
+def base_parameters(config: RunConfig, options: Options) -> npt.NDArray[np.float32]:
+    """All parameters of the model that the run begins with, trained or not: float32[num_parameters]."""
+    from swarm_protocol.model.llama import initial_parameters
+
+    return initial_parameters(config.model, config.seed)
+
+
 def _with_parts(config: RunConfig) -> ExchangeSpec:
-    """The exchange's settings; if they do not say how many parts, as many as the model's size asks for."""
+    """The exchange's settings; if they do not say how many parts, as many as suit what is trained."""
     exchange = config.exchange
     if "parts" in exchange.model_fields_set:
         return exchange
-    return exchange.model_copy(update={"parts": suggested_parts(config.model.num_parameters, exchange.codec)})
+    trained = config.model.num_trainable(config.trainable)
+    return exchange.model_copy(update={"parts": suggested_parts(trained, exchange.codec)})
 
 
 def _with_tolerances(config: RunConfig, path: Path | None, store: Store) -> AuditSpec:
@@ -138,7 +153,7 @@ def _with_tolerances(config: RunConfig, path: Path | None, store: Store) -> Audi
         )
     try:
         data = path.read_bytes()
-        Tolerances.decode(data).require_fit(config.model, config.training)
+        Tolerances.decode(data).require_fit(config.model, config.training, config.trainable)
     except OSError as error:
         raise ConfigurationError(f"{path} cannot be read: {error.strerror}") from error
     except InvalidDataError as error:

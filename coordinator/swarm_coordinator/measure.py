@@ -14,15 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from swarm_protocol import corpus, data, deviations, encoding, replay, training
-from swarm_protocol.chunks import content_hash
+from swarm_protocol import adapters, corpus, data, deviations, encoding, replay, training
+from swarm_protocol.chunks import content_hash, manifest_of
 from swarm_protocol.data import Dataset, DatasetManifest
 from swarm_protocol.files import write_atomic
 from swarm_protocol.fingerprint import runtime_fingerprint
 from swarm_protocol.model.llama import initial_parameters
 from swarm_protocol.records import RoundPlan, Seat
 from swarm_protocol.spec import MAX_SPEC_BYTES, DataSpec, RunConfig, RunSpec
-from swarm_protocol.training import Tokens, TrainState
+from swarm_protocol.training import Float32, Tokens, TrainState
 
 NOBODY = "0" * 64
 
@@ -56,12 +56,13 @@ class Task:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What all runtimes share: the recipe, the data, and a checkpoint of some training."""
+    """What all runtimes share: the recipe, the data, a checkpoint of some training, and the trunk where there is one."""
 
     folder: Path
     spec: RunSpec
     dataset: Dataset
     start: TrainState
+    trunk: Float32 | None
 
     @classmethod
     def make(cls, folder: Path, config: RunConfig, warm_up_steps: int) -> Prepared:
@@ -73,6 +74,8 @@ class Prepared:
             (folder / "shards" / content_hash(blob).hex()).write_bytes(blob)
 
         manifest = corpus.write_dataset(config.data, config.model, corpus.stdlib_corpus(), put)
+        base = initial_parameters(config.model, config.seed)
+        trunk = None if config.trainable.kind == "all" else base
         spec = RunSpec(
             name="calibration",
             seed=config.seed,
@@ -80,7 +83,9 @@ class Prepared:
             coordinator=NOBODY,
             checkpoint=NOBODY,
             beacon=NOBODY,
+            trunk=None if trunk is None else manifest_of(trunk).root.hex(),
             model=config.model,
+            trainable=config.trainable,
             data=DataSpec(
                 root=manifest.root.hex(),
                 tokenizer=manifest.tokenizer,
@@ -97,10 +102,13 @@ class Prepared:
             folder,
             spec,
             Dataset.from_directory(manifest, folder / "shards"),
-            TrainState.initial(spec, initial_parameters(config.model, config.seed)),
+            TrainState.initial(spec, adapters.initial(config.model, config.trainable, config.seed, base)),
+            trunk,
         )
-        warm = training.run_segment(spec, prepared.start, prepared.batch(0, warm_up_steps), warm_up_steps)
+        warm = prepared.run(spec, prepared.start, prepared.batch(0, warm_up_steps), warm_up_steps)
         np.save(folder / "checkpoint.npy", warm.parameters)
+        if trunk is not None:
+            np.save(folder / "trunk.npy", trunk)
         (folder / "spec").write_bytes(spec.encode())
         (folder / "manifest").write_bytes(manifest.encode())
         return prepared
@@ -109,7 +117,12 @@ class Prepared:
     def load(cls, folder: Path) -> Prepared:
         spec = RunSpec.decode((folder / "spec").read_bytes()[:MAX_SPEC_BYTES])
         dataset = Dataset.from_directory(DatasetManifest.decode((folder / "manifest").read_bytes()), folder / "shards")
-        return cls(folder, spec, dataset, TrainState.initial(spec, np.load(folder / "checkpoint.npy")))
+        trunk = None if spec.trunk is None else np.load(folder / "trunk.npy")
+        return cls(folder, spec, dataset, TrainState.initial(spec, np.load(folder / "checkpoint.npy")), trunk)
+
+    def run(self, spec: RunSpec, state: TrainState, batch: deviations.Batch, stop: int) -> TrainState:
+        """Training itself: a `deviations.Run`."""
+        return training.run_segment(spec, state, batch, stop, self.trunk)
 
     def batch(self, number: int, steps: int | None = None) -> deviations.Batch:
         """The batches of contribution `number`; 0 is the warm-up's."""
@@ -150,7 +163,7 @@ def _make(prepared: Prepared, runtime: str, one: Made, number: int) -> None:
     )
     where.mkdir()
     steps = spec.training.steps
-    for index, state in enumerate(way(spec, prepared.start, prepared.batch(number + 1), steps, deviations.run)):
+    for index, state in enumerate(way(spec, prepared.start, prepared.batch(number + 1), steps, prepared.run)):
         write_atomic(where / f"state-{index}", *state.buffers(), durable=False)
     note: dict[str, encoding.Value] = {"runtime": runtime, "kind": one.kind, "micro": one.micro, "number": number}
     (where / "note").write_bytes(encoding.encode(note))
@@ -166,7 +179,7 @@ def _replay(prepared: Prepared, task: Task) -> Iterator[dict[str, Any]]:
         batch, start, distances = prepared.batch(note["number"] + 1), prepared.start, []
         for index, (_, stop) in enumerate(spec.segments(spec.training.steps)):
             claimed = TrainState.from_bytes(spec, (path.parent / f"state-{index}").read_bytes())
-            replayed = training.run_segment(spec, start, batch, stop)
+            replayed = prepared.run(spec, start, batch, stop)
             distances.append(replay.compare(spec, start, claimed, replayed, bounds=None).statistic)
             start = claimed
         yield note | {"auditor": task.runtime, "distances": distances}

@@ -32,9 +32,9 @@ Encode = Callable[[RunSpec, Float32, Float32], list[bytes]]
 
 @dataclass(frozen=True)
 class Progress:
-    """How training reports, and how it is stopped. `segment_end` takes the state at the end of each segment, in order.
+    """How training reports, how it is stopped, and what it has here: a device, the trunk where the run has one.
 
-    `folder` is where the round's work is kept, if it is.
+    `segment_end` takes the state at the end of each segment, in order; `folder` is where the round's work is kept, if it is.
     """
 
     step: Callable[[int, float], None]
@@ -42,6 +42,7 @@ class Progress:
     device: str = "cpu"
     segment_end: Callable[[TrainState], None] = lambda _: None
     folder: Path | None = None
+    trunk: Float32 | None = None
 
 
 @dataclass(frozen=True)
@@ -123,8 +124,9 @@ def train(
     state = TrainState.initial(spec, checkpoint.parameters)
     for _, stop in spec.segments(plan.roster[slot].steps):
         state = training.run_segment(
-            spec, state, batch, stop, device=progress.device, on_step=on_step, cancelled=progress.cancelled
-        )
+            spec, state, batch, stop, progress.trunk,
+            device=progress.device, on_step=on_step, cancelled=progress.cancelled,
+        )  # fmt: skip
         progress.segment_end(state)
     return Trained(state, sum(losses) / len(losses))
 

@@ -190,7 +190,7 @@ async def _prepared(options: Options) -> AsyncIterator[_Bench]:
                 stack.push_async_callback(plane.close)
         training.configure(options.threads)
         shards = await fetch.Shards.open(client, folder / "shards")
-        yield _Bench(options, client, plane, shards, await fetch.tolerances(client))
+        yield _Bench(options, client, plane, folder, shards, await fetch.tolerances(client))
 
 
 async def _plane(client: CoordinatorClient, folder: Path) -> PeerPlane | None:
@@ -212,6 +212,7 @@ class _Bench:
         options: Options,
         client: CoordinatorClient,
         plane: PeerPlane | None,
+        folder: Path,
         shards: fetch.Shards,
         tolerances: Tolerances | None,
     ) -> None:
@@ -220,7 +221,7 @@ class _Bench:
         self._plane = plane
         self._shards = shards
         self._tolerances = tolerances
-        self._subjects = Subjects(client)
+        self._subjects = Subjects(client, folder)
         fingerprint = runtime_fingerprint(options.device, options.threads)
         self._fingerprint = fingerprint_hash(fingerprint)
         said = (str(fingerprint[name]) for name in ("cpu", "device", "torch"))

@@ -93,6 +93,7 @@ class Volunteer:
             client, plane, self._run_folder, say=say, fetching=partial(self._tell, "fetching the checkpoint")
         )
         self._stopping = asyncio.Event()
+        self._trunk: fetch.Float32 | None = None
         self._bootstrap: list[str] = []
         self._tokens_per_s = 1000.0
         self._background: set[asyncio.Task[None]] = set()
@@ -119,6 +120,8 @@ class Volunteer:
         presence = asyncio.create_task(self._stay_connected())
         auditing = asyncio.create_task(self._audit()) if self._audits else None
         try:
+            self._tell("fetching what the run starts from")
+            self._trunk = await self._patiently(lambda: fetch.trunk(self._client, self._run_folder.root))
             while not self._stopping.is_set():
                 status = await self._patiently(self._client.status)
                 checkpoint = await self._patiently(self._keeper.catch_up)
@@ -335,7 +338,7 @@ class Volunteer:
         try:
             mine = await asyncio.to_thread(
                 contributions.make, self._spec, plan, slot, checkpoint, shards.dataset,
-                self._run_folder.work(plan.round), Progress(on_step, stop.is_set, self._device),
+                self._run_folder.work(plan.round), Progress(on_step, stop.is_set, self._device, trunk=self._trunk),
                 self._conduct.train, self._conduct.encode,
             )  # fmt: skip
         except TrainingCancelledError:

@@ -26,6 +26,8 @@ from swarm_protocol.spec import ModelSpec, RunSpec, TrainableSpec
 
 Float32 = npt.NDArray[np.float32]
 
+_COPIED_ELEMENTS = 1 << 22
+
 
 def adapted_matrices(model: ModelSpec, trainable: TrainableSpec) -> list[str]:
     """Names of the matrices that have adapters, without `.weight`, in canonical order; none unless the kind is `lora`."""
@@ -173,7 +175,7 @@ class Adapted:
             InvalidDataError: a vector that does not fit the model, or no trunk where there has to be one.
         """
         _require(parameters, self.parameters.numel(), "the parameters")
-        self.parameters.copy_(_tensor(parameters))
+        _fill(self.parameters, parameters)
         if self._kind == "all":
             if trunk is not None:
                 raise InvalidDataError("a run that trains everything has no trunk")
@@ -181,7 +183,7 @@ class Adapted:
             raise InvalidDataError(f"a run that trains {self._kind} alone needs its trunk")
         elif trunk is not self._trunk_given:
             _require(trunk, self._full.numel(), "the trunk")
-            self._trunk.copy_(_tensor(trunk))
+            _fill(self._trunk, trunk)
             self._full.copy_(self._trunk)
             self._trunk_given = trunk
 
@@ -189,7 +191,7 @@ class Adapted:
     def load_full(self, full: Float32) -> None:
         """Put all of the model's parameters in place, as `full_parameters` made them; training begins with `load` again."""
         _require(full, self._full.numel(), "the parameters")
-        self._full.copy_(_tensor(full))
+        _fill(self._full, full)
         self._trunk_given = None
 
     @torch.no_grad()
@@ -257,5 +259,8 @@ def _require(vector: Float32, size: int, what: str) -> None:
         raise InvalidDataError(f"{what} are {vector.dtype}{list(vector.shape)} where this model's are float32[{size}]")
 
 
-def _tensor(array: Float32) -> Tensor:
-    return torch.from_numpy(np.require(array, requirements=["C", "W"]))
+def _fill(tensor: Tensor, array: Float32) -> None:
+    """Copy an array, run by run: torch takes none that may not be written to, so that each run is copied twice."""
+    for start in range(0, array.size, _COPIED_ELEMENTS):
+        run = slice(start, start + _COPIED_ELEMENTS)
+        tensor[run].copy_(torch.from_numpy(np.require(array[run], requirements=["C", "W"])))

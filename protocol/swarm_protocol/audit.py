@@ -31,7 +31,8 @@ Float32 = npt.NDArray[np.float32]
 class Subject:
     """A contribution as public records describe it.
 
-    `parameters` are the checkpoint's that its round began from; `sketches` is what its holder signed, if the round had any.
+    `parameters` are the checkpoint's that its round began from; `sketches` is what its holder signed, if the round had any;
+    `trunk` is the frozen model's parameters, where not everything is trained.
     """
 
     spec: RunSpec
@@ -40,6 +41,7 @@ class Subject:
     commitment: Commitment
     parameters: Float32
     sketches: Sketches | None = None
+    trunk: Float32 | None = None
 
     @property
     def segments(self) -> list[tuple[int, int]]:
@@ -134,7 +136,7 @@ def examine_alone(
     spec, state = subject.spec, subject.start
     roots: list[bytes] = []
     for _, stop in subject.segments:
-        state = training.run_segment(spec, state, batch, stop, device=device)
+        state = training.run_segment(spec, state, batch, stop, subject.trunk, device=device)
         roots.append(state.manifest().root)
     if training.trace_root(roots) == subject.commitment.trace_root:
         judgement = replay.judge_exact(trace_matches=True, **_matches(subject, state))
@@ -162,7 +164,9 @@ def _examine_native(
     for index in sorted(drawn):
         start = subject.start if index == 0 else claims.states[index - 1]
         try:
-            replayed = training.run_segment(spec, start, batch, segments[index][1], device=device, cancelled=cancelled)
+            replayed = training.run_segment(
+                spec, start, batch, segments[index][1], subject.trunk, device=device, cancelled=cancelled
+            )
         except training.NonFiniteError as error:
             return Finding(_forged(f"training from it fails: {error}"), steps, compared)
         steps += segments[index][1] - segments[index][0]
@@ -190,7 +194,9 @@ def _examine_exact(
             state = claims.states[index - 1]
             if (fault := _fault(subject, state, segments[index][0])) is not None:
                 return Finding(fault, steps, {})
-        state = training.run_segment(spec, state, batch, segments[index][1], device=device, cancelled=cancelled)
+        state = training.run_segment(
+            spec, state, batch, segments[index][1], subject.trunk, device=device, cancelled=cancelled
+        )
         steps += segments[index][1] - segments[index][0]
         roots[index] = state.manifest().root
     if claims is None:

@@ -425,9 +425,10 @@ class CoordinatorClient:
             raise InvalidDataError("the coordinator's latest checkpoint is not a round and a root") from error
 
     async def state_manifest(self, root: bytes) -> StateManifest:
-        """The chunk hashes of a checkpoint, checked against its root."""
+        """The chunk hashes of a checkpoint, or of the trunk, checked against its root."""
         response = await self._call("GET", f"/checkpoints/{root.hex()}", MAX_LIST_BYTES)
-        manifest = StateManifest.decode(response.content, max_size_bytes=8 * self.spec.model.num_parameters)
+        largest = max(8 * self.spec.num_trainable, 4 * self.spec.model.num_parameters)  # a checkpoint, or the trunk
+        manifest = StateManifest.decode(response.content, max_size_bytes=largest)
         if manifest.root != root:
             raise HashMismatchError("the coordinator serves the manifest of another checkpoint")
         return manifest

@@ -23,7 +23,7 @@ Batch = Callable[[int], Tokens]
 
 
 class Run(Protocol):
-    """`training.run_segment`, or something that reports about it."""
+    """`training.run_segment`, with the run's trunk, or something that reports about it."""
 
     def __call__(self, spec: RunSpec, state: TrainState, batch: Batch, stop: int) -> TrainState: ...
 
@@ -33,7 +33,7 @@ Deviation = Callable[[RunSpec, TrainState, Batch, int, Run], Iterator[TrainState
 
 
 def run(spec: RunSpec, state: TrainState, batch: Batch, stop: int) -> TrainState:
-    """Training itself, on this CPU."""
+    """Training itself, on this CPU, of a whole model."""
     return training.run_segment(spec, state, batch, stop)
 
 

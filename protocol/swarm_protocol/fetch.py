@@ -1,12 +1,17 @@
-"""Getting what a round starts from: checkpoints and data shards, by hash, each piece verified before it is used."""
+"""Getting what a round starts from: checkpoints, the trunk, data shards, by hash, each piece verified before it is used."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
 from pathlib import Path
+from weakref import WeakValueDictionary
+
+import numpy as np
+import numpy.typing as npt
 
 from swarm_protocol.checkpoint import Checkpoint
+from swarm_protocol.chunks import manifest_of
 from swarm_protocol.client import MAX_CHUNK_BYTES, CoordinatorClient
 from swarm_protocol.data import Dataset, DatasetManifest
 from swarm_protocol.errors import HashMismatchError
@@ -15,24 +20,72 @@ from swarm_protocol.tolerances import MAX_BYTES, Tolerances
 
 PARALLEL = 4
 
+Float32 = npt.NDArray[np.float32]
+
 
 async def checkpoint(client: CoordinatorClient, round_number: int, root: bytes) -> Checkpoint:
-    """Download a checkpoint by its root, chunk by chunk.
+    """Download a checkpoint by its root.
 
     Raises:
         UnreachableError, RefusedError, HashMismatchError
     """
+    found = await state(client, root, 8 * client.spec.num_trainable)
+    return await asyncio.to_thread(Checkpoint.from_bytes, client.spec, round_number, found, root)
+
+
+async def state(client: CoordinatorClient, root: bytes, size_bytes: int) -> bytes:
+    """Download a state by its root, chunk by chunk, each verified.
+
+    Raises:
+        UnreachableError, RefusedError
+        HashMismatchError: it has another size, or a chunk has other bytes.
+    """
     manifest = await client.state_manifest(root)
-    if manifest.size_bytes != 8 * client.spec.model.num_parameters:
-        raise HashMismatchError("the checkpoint's size is not that of this run's model")
+    if manifest.size_bytes != size_bytes:
+        raise HashMismatchError(f"a state of {manifest.size_bytes} bytes where this run has one of {size_bytes}")
     gate = asyncio.Semaphore(PARALLEL)
 
     async def chunk(digest: bytes) -> bytes:
         async with gate:
             return await client.chunk(digest)
 
-    pieces = await asyncio.gather(*(chunk(digest) for digest in manifest.hashes))
-    return await asyncio.to_thread(Checkpoint.from_bytes, client.spec, round_number, b"".join(pieces), root)
+    return b"".join(await asyncio.gather(*(chunk(digest) for digest in manifest.hashes)))
+
+
+_trunks: WeakValueDictionary[str, Float32] = WeakValueDictionary()
+"""Trunks that something in this process uses, by root: a node that also audits holds one, not two."""
+
+
+async def trunk(client: CoordinatorClient, folder: Path) -> Float32 | None:
+    """The frozen model's parameters, float32[num_parameters], from `folder` or downloaded into it; None where all is trained.
+
+    Raises:
+        UnreachableError, RefusedError, HashMismatchError
+    """
+    name = client.spec.trunk
+    if name is None:
+        return None
+    path, size_bytes = folder / f"trunk-{name}", 4 * client.spec.model.num_parameters
+    found = _trunks.get(name)
+    if found is None:
+        found = await asyncio.to_thread(_read_trunk, path, name)
+    if found is None:
+        write_atomic(path, await state(client, bytes.fromhex(name), size_bytes))
+        found = await asyncio.to_thread(_read_trunk, path, name)
+        if found is None:
+            raise HashMismatchError(f"{path} has other bytes than were written to it; check the disk")
+    _trunks[name] = found
+    return found
+
+
+def _read_trunk(path: Path, root: str) -> Float32 | None:
+    """What is in the file, not to be written to; None where it is not there, or damaged."""
+    try:
+        values = np.fromfile(path, "<f4")
+    except FileNotFoundError:
+        return None
+    values.flags.writeable = False
+    return values if manifest_of(values).root.hex() == root else None
 
 
 async def tolerances(client: CoordinatorClient) -> Tolerances | None:

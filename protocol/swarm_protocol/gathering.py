@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 from swarm_protocol import aggregate, audit, fetch, training
@@ -11,6 +12,7 @@ from swarm_protocol.checkpoint import Checkpoint
 from swarm_protocol.chunks import CHUNK_BYTES, StateManifest, content_hash
 from swarm_protocol.client import CoordinatorClient
 from swarm_protocol.errors import InvalidDataError
+from swarm_protocol.fetch import Float32
 from swarm_protocol.peers import PeerPlane
 from swarm_protocol.records import Commitment, RoundPlan, Sketches
 from swarm_protocol.training import TrainState
@@ -19,10 +21,15 @@ CALL_TIMEOUT_S = 10.0
 
 
 class Subjects:
-    """Contributions of one run; the newest checkpoint that was asked for is kept, since a round's begin from one."""
+    """Contributions of one run; the newest checkpoint that was asked for is kept, since a round's begin from one.
 
-    def __init__(self, client: CoordinatorClient) -> None:
+    The trunk, where the run has one, is kept in `folder`.
+    """
+
+    def __init__(self, client: CoordinatorClient, folder: Path) -> None:
         self._client = client
+        self._folder = folder
+        self._trunk: Float32 | None = None
         self._base: Checkpoint | None = None
 
     async def find(self, round_number: int, slot: int, commitment_hash: bytes) -> Subject:
@@ -43,7 +50,10 @@ class Subjects:
         base = self._base
         if base is None or base.root != plan.base:
             self._base = base = await fetch.checkpoint(self._client, round_number, plan.base)
-        return Subject(self._client.spec, plan, slot, commitment, base.parameters, await self._sketches(plan, slot))
+        if self._trunk is None:
+            self._trunk = await fetch.trunk(self._client, self._folder)
+        sketches = await self._sketches(plan, slot)
+        return Subject(self._client.spec, plan, slot, commitment, base.parameters, sketches, self._trunk)
 
     async def _sketches(self, plan: RoundPlan, slot: int) -> Sketches | None:
         """What the slot's holder signed of its sketches, if the round had any."""

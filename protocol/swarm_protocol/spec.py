@@ -118,6 +118,13 @@ class TrainableSpec(_Section):
         return self
 
 
+def _require_optimizer(trainable: TrainableSpec, training: TrainingSpec) -> None:
+    if trainable.kind != "all" and training.optimizer.name != "adamw":
+        raise ValueError(
+            f'trainable = "{trainable.kind}" needs training.optimizer.name = "adamw": Muon is for whole matrices'
+        )
+
+
 class ParentSpec(_Section):
     """The checkpoint of another run that this one starts from: what round `round` of it began with."""
 
@@ -291,6 +298,11 @@ class RunConfig(_Section):
     rounds: RoundsSpec = RoundsSpec()
     audit: AuditSpec = AuditSpec()
 
+    @model_validator(mode="after")
+    def _optimizer_fits(self) -> Self:
+        _require_optimizer(self.trainable, self.training)
+        return self
+
     @classmethod
     def from_toml(cls, source: Path | str) -> RunConfig:
         """Read a TOML file, or TOML text.
@@ -361,6 +373,7 @@ class RunSpec(_Section):
     def _trunk_fits(self) -> Self:
         if (self.trunk is None) != (self.trainable.kind == "all"):
             raise ValueError("a trunk is what a run has that does not train all of its model")
+        _require_optimizer(self.trainable, self.training)
         return self
 
     @property

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from swarm_protocol.errors import ConfigurationError, InvalidDataError
-from swarm_protocol.spec import Hash, ModelSpec, RunSpec, TrainingSpec, explain
+from swarm_protocol.spec import Hash, ModelSpec, RunSpec, TrainableSpec, TrainingSpec, explain
 
 MAX_BYTES = 1 << 22
 MAX_RUNTIMES = 256
@@ -83,13 +83,15 @@ class Tolerances(_Section):
     version: Literal[1] = 1
     model: ModelSpec
     training: TrainingSpec
+    trainable: TrainableSpec = TrainableSpec()
     contributions: Annotated[int, Field(ge=1)]
     runtimes: Annotated[dict[Hash, dict[str, Fact]], Field(max_length=MAX_RUNTIMES)]
     precisions: Annotated[dict[Literal["float32"], Precision], Field(min_length=1)]
 
     def encode(self) -> bytes:
-        """Canonical: JSON with sorted keys, indented by one space, and a newline at the end."""
-        return (json.dumps(self.model_dump(mode="json"), sort_keys=True, indent=1) + "\n").encode()
+        """Canonical: JSON with sorted keys, indented by one space, and a newline at the end; no `trainable` if it is all."""
+        default = {"trainable"} if self.trainable == TrainableSpec() else None
+        return (json.dumps(self.model_dump(mode="json", exclude=default), sort_keys=True, indent=1) + "\n").encode()
 
     @classmethod
     def decode(cls, data: bytes) -> Tolerances:
@@ -117,13 +119,17 @@ class Tolerances(_Section):
                     return Bounds(pair.accept, pair.reject)
         return None
 
-    def require_fit(self, model: ModelSpec, training: TrainingSpec) -> None:
+    def require_fit(self, model: ModelSpec, training: TrainingSpec, trainable: TrainableSpec) -> None:
         """Check that this was measured for what a run trains.
 
         Raises:
             ConfigurationError
         """
-        for name, ours, theirs in (("model", self.model, model), ("training", self.training, training)):
+        for name, ours, theirs in (
+            ("model", self.model, model),
+            ("training", self.training, training),
+            ("part of the model", self.trainable, trainable),
+        ):
             differing = [key for key, value in _flat(ours).items() if _flat(theirs)[key] != value]
             if differing:
                 raise ConfigurationError(

@@ -48,8 +48,9 @@ def deviating(deviation: Deviation) -> Train:
 
         def run(spec: RunSpec, state: TrainState, batch: Batch, stop: int) -> TrainState:
             return training.run_segment(
-                spec, state, batch, stop, device=progress.device, on_step=on_step, cancelled=progress.cancelled
-            )
+                spec, state, batch, stop, progress.trunk,
+                device=progress.device, on_step=on_step, cancelled=progress.cancelled,
+            )  # fmt: skip
 
         def batch(step: int) -> training.Tokens:
             return data.batch(spec, plan, slot, step, dataset)

@@ -104,6 +104,7 @@ def record(
             spec,
             state,
             batch(number),
+            subject.trunk,
             device=device,
             limbs=spec.training.limbs,
             grain_sequences=spec.training.grain_sequences,

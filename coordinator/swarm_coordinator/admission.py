@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from swarm_coordinator.db.archive import Archive
+from swarm_coordinator.db.tables import CONTRIBUTION
 from swarm_coordinator.round_events import (
     ALL_DONE,
     Committed,
@@ -24,7 +25,7 @@ from swarm_coordinator.round_events import (
     Sketched,
 )
 from swarm_coordinator.rounds import Phase, State
-from swarm_protocol import PROTOCOL_VERSION, equivocation, parts, records, sketching
+from swarm_protocol import PROTOCOL_VERSION, equivocation, evidence, parts, records, sketching
 from swarm_protocol.draw import nonce_hash
 from swarm_protocol.errors import InvalidDataError, RefusedError
 from swarm_protocol.records import Record, Role
@@ -93,6 +94,10 @@ def admit(archive: Archive, spec: RunSpec, state: State, applicant: Applicant, r
         case records.Evaluation():
             _require_office(archive, applicant, Role.CHECKPOINT_WORKER)
             _admit_evaluation(archive, spec, record)
+            return None
+        case records.Evidence():
+            _require_office(archive, applicant, Role.AUDITOR)
+            _admit_evidence(archive, spec, applicant, record)
             return None
         case records.Verdict():
             _require_office(archive, applicant, Role.AUDITOR)
@@ -279,6 +284,38 @@ def _admit_evaluation(archive: Archive, spec: RunSpec, record: records.Evaluatio
         _refuse(422, "unknown-checkpoint", f"round {record.round} does not start from this checkpoint")
 
 
+def _admit_evidence(archive: Archive, spec: RunSpec, applicant: Applicant, record: records.Evidence) -> None:
+    audit = archive.audit(record.round, record.slot, CONTRIBUTION if record.part is None else record.part)
+    if audit is not None and audit.peer == applicant.key:
+        _refuse(403, "own-contribution", "nobody judges what they did themselves")
+    if audit is None or record.sequence != record.sequence_of(record.slot, record.part):
+        _refuse(422, "no-audit", "this was not drawn, or the sequence is not that of slot and part")
+    if record.audited != audit.audited:
+        _refuse(422, "wrong-record", "the evidence names another record than the one that was drawn")
+    if audit.outcome is not None or applicant.key in archive.verdicts(audit):
+        _refuse(409, "closed", "this audit wants no evidence of this auditor any more")
+    stored = archive.round(record.round)
+    assert stored is not None
+    most = evidence.max_bytes(spec, stored.slots, record.part)
+    try:
+        evidence.sizes(record)
+    except InvalidDataError as error:
+        _refuse(422, "bad-evidence", str(error))
+    if evidence.size_bytes(record) > most:
+        _refuse(422, "too-much", f"the evidence of such an audit has at most {most} bytes")
+
+
+def _require_evidence(archive: Archive, applicant: Applicant, record: records.Verdict | records.PartVerdict) -> None:
+    """Only a rejection has evidence, and its own."""
+    if record.evidence is None:
+        return
+    part = record.part if isinstance(record, records.PartVerdict) else None
+    sequence = records.Evidence.sequence_of(record.slot, part)
+    known = archive.find(records.Evidence.kind, record.round, sequence, applicant.key)
+    if record.outcome is not records.Outcome.REJECTED or known is None or known.hash != record.evidence:
+        _refuse(422, "unknown-evidence", "a rejection names evidence that its auditor handed in before, for this audit")
+
+
 def _admit_verdict(archive: Archive, applicant: Applicant, record: records.Verdict) -> None:
     audit = archive.audit(record.round, record.slot)
     if audit is not None and audit.peer == applicant.key:
@@ -289,6 +326,7 @@ def _admit_verdict(archive: Archive, applicant: Applicant, record: records.Verdi
         )
     if record.commitment != audit.audited:
         _refuse(422, "wrong-commitment", "the verdict names another commitment than the one that was drawn")
+    _require_evidence(archive, applicant, record)
 
 
 def _admit_part_verdict(archive: Archive, applicant: Applicant, record: records.PartVerdict) -> None:
@@ -304,6 +342,7 @@ def _admit_part_verdict(archive: Archive, applicant: Applicant, record: records.
         )
     if record.part_record != audit.audited:
         _refuse(422, "wrong-record", "the verdict names another part record than the one that was drawn")
+    _require_evidence(archive, applicant, record)
 
 
 def _admit_equivocation(archive: Archive, record: records.Equivocation) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
-from swarm_coordinator import evaluations
+from swarm_coordinator import evaluations, kept_evidence
 from swarm_coordinator.books import Books, Cause
 from swarm_coordinator.db.archive import Archive
 from swarm_coordinator.db.machine_codec import encode_state
@@ -62,6 +62,7 @@ from swarm_protocol.records import (
     Envelope,
     Equivocation,
     Evaluation,
+    Evidence,
     PartHeld,
     PartVerdict,
     Ready,
@@ -80,8 +81,9 @@ from swarm_protocol.spec import RunSpec
 
 log = logging.getLogger(__name__)
 
-UNLOGGED = (Ready, Addresses, PartHeld, CheckpointReport)
-"""Heartbeats, addresses and the checkpoint worker's messages to the coordinator: everything else is a leaf of the log."""
+UNLOGGED = (Ready, Addresses, PartHeld, CheckpointReport, Evidence)
+"""Heartbeats, addresses, the checkpoint worker's messages to the coordinator, and evidence, which verdicts name by its hash:
+everything else is a leaf of the log."""
 
 
 @dataclass(frozen=True)
@@ -190,6 +192,10 @@ class Entry:
         self._sign(Appointment(run=self._run, round=0, sequence=sequence, role=role, key=key))
         self._session.add(OfficeRow(run=self._run, key=key, role=role.value))
 
+    def note_evidence(self, auditor: bytes, record: Evidence) -> None:
+        """Pin the objects that stored evidence names."""
+        kept_evidence.note(self._session, self._run, auditor, record)
+
     def note_verdict(self, auditor: bytes, verdict: Verdict | PartVerdict, stored: Stored) -> None:
         """Count a stored verdict; once an audit is resolved its outcome stays, and may end the node's standing."""
         part = verdict.part if isinstance(verdict, PartVerdict) else CONTRIBUTION
@@ -203,6 +209,7 @@ class Entry:
             auditor=auditor,
             outcome=verdict.outcome.value,
             reason=verdict.reason,
+            evidence=verdict.evidence,
         )
         if isinstance(verdict, Verdict):
             row.comparison, row.statistic = verdict.comparison and verdict.comparison.value, verdict.statistic

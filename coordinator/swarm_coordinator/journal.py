@@ -39,6 +39,7 @@ from swarm_protocol.records import (
     Commitment,
     Envelope,
     Equivocation,
+    Evidence,
     LogHead,
     NonceOpening,
     PartHeld,
@@ -210,6 +211,8 @@ class Journal:
         if isinstance(record, Registration):
             assert stored.leaf is not None
             entry.register(envelope.key, record, stored.leaf, invite)
+        elif isinstance(record, Evidence):
+            entry.note_evidence(envelope.key, record)
         elif isinstance(record, Verdict | PartVerdict):
             entry.note_verdict(envelope.key, record, stored)
         elif isinstance(record, Equivocation):

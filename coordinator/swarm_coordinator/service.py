@@ -20,9 +20,10 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from swarm_coordinator.answers import Answers
 from swarm_coordinator.certificates import Certificates
-from swarm_coordinator.db.archive import Archive
+from swarm_coordinator.db.archive import Archive, opened
 from swarm_coordinator.db.engine import open_database
 from swarm_coordinator.journal import Change, Journal, LostOfficeError, Receipt
+from swarm_coordinator.kept_evidence import missing
 from swarm_coordinator.mirror import Mirror
 from swarm_coordinator.opening import Opener
 from swarm_coordinator.rounds import State
@@ -34,7 +35,7 @@ from swarm_coordinator.topics import Event, Topics
 from swarm_protocol.certificate import Certificate
 from swarm_protocol.errors import RefusedError, SwarmError
 from swarm_protocol.identity import Identity
-from swarm_protocol.records import Envelope, Record, Role
+from swarm_protocol.records import Envelope, Evidence, PartVerdict, Record, Role, Verdict
 from swarm_protocol.spec import RunSpec
 
 log = logging.getLogger(__name__)
@@ -181,11 +182,21 @@ class Service:
         envelope = Envelope.decode(data)
         record = await self._opener.open(envelope)
         checked(envelope, record)
+        if isinstance(record, Verdict | PartVerdict) and record.evidence is not None:
+            await self._require_evidence(record.evidence)
         if self._shared is not None and not self._leads:
             return await self._ask(self._shared, envelope, token)
         receipt = await self._commit(self._journal.offer(envelope, record, token))
         assert isinstance(receipt, Receipt)
         return receipt
+
+    async def _require_evidence(self, digest: bytes) -> None:
+        """Refuse a verdict whose evidence is known, and not here."""
+        row = await self.read(lambda archive: archive.by_hash(digest))
+        record = None if row is None else opened(row)
+        if isinstance(record, Evidence) and (lacking := await asyncio.to_thread(missing, self.store, record)):
+            reason = f"{lacking} pieces of the evidence are not here; hand them in before the verdict"
+            raise RefusedError(reason, status=409, code="evidence-missing")
 
     async def _ask(self, shared: Sharing, envelope: Envelope, token: str | None) -> Receipt:
         """Have the process that drives the run accept a record."""

@@ -183,6 +183,25 @@ def verify_bisect(
     raise typer.Exit(verifying.bisect(a, b))
 
 
+@verify_app.command("evidence")
+def verify_evidence(
+    url: Annotated[str, typer.Argument(help="The coordinator's address.")],
+    round: Annotated[int, typer.Option(min=0)],
+    slot: Annotated[int, typer.Option(min=0)],
+    part: Annotated[
+        int | None, typer.Option(min=0, help="The average of this part, instead of the slot's contribution.")
+    ] = None,
+    device: Annotated[Device, typer.Option(help="What to replay on.")] = Device.CPU,
+    threads: Annotated[int | None, typer.Option(min=1, max=1024, help="CPU threads.", show_default="1")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="End with one JSON object on stdout.")] = False,
+) -> None:
+    """Judge a rejection again by the evidence that its auditors archived. Exit code 0 only if the verdict stands."""
+    from swarm_node import verifying, verifying_evidence
+
+    options = verifying.options(url, round, slot, 1, device, threads, as_json=as_json)
+    raise typer.Exit(verifying_evidence.verify(options, part))
+
+
 @verify_app.command("draws")
 def verify_draws(
     url: Annotated[str, typer.Argument(help="The coordinator's address.")],

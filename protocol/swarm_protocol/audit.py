@@ -11,7 +11,7 @@ audit costs one segment instead of all that come before it.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -67,11 +67,16 @@ class Claims:
 
 @dataclass(frozen=True)
 class Finding:
-    """A judgement, how many steps were replayed for it, and the comparisons that it rests on, by segment."""
+    """A judgement, how many steps were replayed for it, and the comparisons that it rests on, by segment.
+
+    `segment` is the one that decided, where one did; `roots` are those of the replayed ends, of exact numerics.
+    """
 
     judgement: Judgement
     steps_replayed: int
     compared: Mapping[int, Compared]
+    segment: int | None = None
+    roots: Mapping[int, bytes] = field(default_factory=dict)
 
 
 def needed_states(spec: RunSpec, steps: int, drawn: Collection[int]) -> tuple[int, ...]:
@@ -85,6 +90,23 @@ def needed_states(spec: RunSpec, steps: int, drawn: Collection[int]) -> tuple[in
             return ()
         starts = {index - 1 for index in drawn if index and index - 1 not in drawn}
         return tuple(sorted(starts | ({last} - set(drawn))))
+    return _ends(last, drawn)
+
+
+def states_around(subject: Subject, segment: int) -> tuple[int, ...]:
+    """The segments whose end states a rejection by this one rests on: its start, its end, and the end of training."""
+    return _ends(len(subject.segments) - 1, (segment,))
+
+
+def deciding_segment(subject: Subject, finding: Finding, roots: Sequence[bytes]) -> int:
+    """The one that a rejection rests on; with exact numerics the first whose root in the trace is another, else the last."""
+    if finding.segment is not None:
+        return finding.segment
+    others = (index for index, root in sorted(finding.roots.items()) if roots[index] != root)
+    return next(others, len(subject.segments) - 1)
+
+
+def _ends(last: int, drawn: Collection[int]) -> tuple[int, ...]:
     return tuple(sorted({index - 1 for index in drawn if index} | set(drawn) | {last}))
 
 
@@ -159,7 +181,7 @@ def _examine_native(
     compared: dict[int, Compared] = {}
     for index in subject.needed_states(drawn):
         if (fault := _fault(subject, claims.states[index], segments[index][1])) is not None:
-            return Finding(fault, 0, compared)
+            return Finding(fault, 0, compared, index)
     steps = 0
     for index in sorted(drawn):
         start = subject.start if index == 0 else claims.states[index - 1]
@@ -168,12 +190,13 @@ def _examine_native(
                 spec, start, batch, segments[index][1], subject.trunk, device=device, cancelled=cancelled
             )
         except training.NonFiniteError as error:
-            return Finding(_forged(f"training from it fails: {error}"), steps, compared)
+            return Finding(_forged(f"training from it fails: {error}"), steps, compared, index)
         steps += segments[index][1] - segments[index][0]
         compared[index] = replay.compare(spec, start, claims.states[index], replayed, bounds=bounds)
     final = claims.states[len(segments) - 1]
     judgement = replay.judge(list(compared.values()), bounds=bounds, **_matches(subject, final))
-    return Finding(judgement, steps, compared)
+    worst = max(compared, key=lambda index: compared[index].statistic)
+    return Finding(judgement, steps, compared, worst)
 
 
 def _examine_exact(
@@ -210,7 +233,7 @@ def _examine_exact(
             return Finding(fault, steps, {})
     judgement = replay.judge_exact(trace_matches=trace_matches, **_matches(subject, final))
     comparison = Comparison.EQUAL if trace_matches else Comparison.DIFFERENT
-    return Finding(judgement, steps, {index: Compared(comparison, 0.0) for index in roots})
+    return Finding(judgement, steps, {index: Compared(comparison, 0.0) for index in roots}, roots=roots)
 
 
 def _matches(subject: Subject, final: TrainState) -> dict[str, bool]:

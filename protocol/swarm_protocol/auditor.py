@@ -2,8 +2,8 @@
 
 It takes what the coordinator lists as open, fetches the claimed states from the node that made them, each piece checked
 against the node's commitment, trains the same slot from the same checkpoint on the same data, and says how the two compare.
-An average that was drawn it makes again from the inputs that its reducer, or their senders, serve. Auditors seldom do the
-same work twice, except where a rejection needs a second one.
+An average that was drawn it makes again from the inputs that its reducer, or their senders, serve. Before it rejects it has
+what it judged by archived. Auditors seldom do the same work twice, except where a rejection needs a second one.
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from swarm_protocol import audit, data, fetch, gathering, replay, training
+from swarm_protocol import audit, collecting, data, fetch, gathering, replay, training
 from swarm_protocol.audit import Claims, Finding, Subject
 from swarm_protocol.client import CoordinatorClient
 from swarm_protocol.errors import InvalidDataError, RefusedError, UnreachableError
+from swarm_protocol.evidence import Collected
 from swarm_protocol.fingerprint import fingerprint_hash, runtime_fingerprint
 from swarm_protocol.gathering import Subjects
 from swarm_protocol.http import persist
 from swarm_protocol.identity import Identity
 from swarm_protocol.peers import PeerPlane
-from swarm_protocol.records import Outcome, PartRecord, PartVerdict, Verdict
-from swarm_protocol.reduction_audit import ReductionOutcome, ReductionVerdict
-from swarm_protocol.reduction_gathering import Reductions
+from swarm_protocol.records import Evidence, Outcome, PartRecord, PartVerdict, Verdict
+from swarm_protocol.reduction_audit import ReductionOutcome
+from swarm_protocol.reduction_gathering import Examined, Reductions
 from swarm_protocol.replay import Judgement
 from swarm_protocol.signing import SigningLedger
 from swarm_protocol.tolerances import Tolerances
@@ -167,8 +168,13 @@ class Auditor:
             raise InvalidDataError("the audit names segments that do not exist")
         needed = data.shards_of(self._spec, subject.plan, slot, shards.manifest)
         await self._patiently(lambda: shards.ensure(needed))
-        finding = await self._examine(subject, segments, shards)
-        judgement = finding.judgement
+        finding, claims, served = await self._examine(subject, segments, shards)
+        judgement, evidence = finding.judgement, None
+        if judgement.outcome is Outcome.REJECTED:
+            segment, collected = await collecting.contribution(self._plane, self._reductions, subject, finding, claims)
+            if served is not None:
+                collected.add("served", served)
+            evidence = await self._archive(wanted, segment, collected)
         return Verdict(
             run=self._spec.run_id,
             round=round_number,
@@ -181,7 +187,38 @@ class Auditor:
             reason=judgement.reason[:500],
             steps_replayed=finding.steps_replayed,
             fingerprint=self._fingerprint,
+            evidence=evidence,
         )
+
+    async def _archive(self, wanted: dict[str, Any], segment: int | None, collected: Collected) -> bytes | None:
+        """Have the coordinator keep what we judge by; returns its name, or None where nothing is archived."""
+        round_number, slot, part = _name(wanted)
+        what = f"round {round_number} slot {slot}" + ("" if part is None else f" part {part}")
+        sequence = Evidence.sequence_of(slot, part)
+        try:
+            items = collected.items
+            if not items:
+                log.info("%s: nothing was served, so that nothing is archived", what)
+                return None
+            record = Evidence(
+                run=self._spec.run_id,
+                round=round_number,
+                sequence=sequence,
+                slot=slot,
+                part=part,
+                audited=bytes.fromhex(wanted["audited"]),
+                segment=segment,
+                items=items,
+            )
+            earlier = self._ledger.find(self._spec.run_id, record.kind, round_number, sequence)
+            envelope = earlier or self._ledger.sign(record)
+            await self._patiently(lambda: self._client.post(envelope))
+            for digest, piece in collected.pieces():
+                await self._patiently(partial(self._client.put_evidence, digest, piece))
+        except (RefusedError, InvalidDataError) as error:
+            log.warning("%s: the evidence is not archived: %s", what, error)
+            return None
+        return envelope.open().hash
 
     async def _average(self, wanted: dict[str, Any]) -> PartVerdict:
         """Ask for the inputs until they are there, or the time that the spec gives for evidence is over."""
@@ -192,12 +229,16 @@ class Auditor:
         if record.part != part or reduced.plan.slot_of(envelope.key) != slot:
             raise InvalidDataError("the part record is for another part, or by somebody else")
         end = time.monotonic() + self._spec.audit.evidence_s
-        found: ReductionVerdict | None = None
+        examined: Examined | None = None
         missing = (ReductionOutcome.UNAVAILABLE, ReductionOutcome.WITHHELD)
-        while found is None or (found.outcome in missing and time.monotonic() < end):
-            if found is not None:
+        while examined is None or (examined.verdict.outcome in missing and time.monotonic() < end):
+            if examined is not None:
                 await asyncio.sleep(1.0)
-            found = await self._patiently(lambda: self._reductions.judge(envelope))
+            examined = await self._patiently(lambda: self._reductions.examine(envelope))
+        found, evidence = examined.verdict, None
+        if found.outcome.vote is Outcome.REJECTED:
+            collected = await collecting.average(self._reductions, envelope, examined)
+            evidence = await self._archive(wanted, None, collected)
         return PartVerdict(
             run=self._spec.run_id,
             round=round_number,
@@ -207,10 +248,16 @@ class Auditor:
             part_record=record.hash,
             outcome=found.outcome.vote,
             reason=found.reason[:500],
+            evidence=evidence,
         )
 
-    async def _examine(self, subject: Subject, drawn: list[int], shards: fetch.Shards) -> Finding:
-        """Fetch what the node has to show, replay, and judge. With exact numerics all can be made again without the node."""
+    async def _examine(
+        self, subject: Subject, drawn: list[int], shards: fetch.Shards
+    ) -> tuple[Finding, Claims | None, bytes | None]:
+        """Fetch what the node has to show, replay, and judge. With exact numerics all can be made again without the node.
+
+        Returns what was found, the claims, and what was served in their place.
+        """
         claims: Claims | None = None
         needed = subject.needed_states(drawn)
         if needed:
@@ -223,9 +270,10 @@ class Auditor:
                         break
                     if isinstance(error, InvalidDataError):
                         reason = f"the evidence is not what was committed to: {error}"
-                        return Finding(Judgement(Outcome.REJECTED, None, None, reason), 0, {})
+                        served = error.served if isinstance(error, gathering.UnfitError) else None
+                        return Finding(Judgement(Outcome.REJECTED, None, None, reason), 0, {}), None, served
                     if time.monotonic() > end:
-                        return Finding(replay.unavailable("its states"), 0, {})
+                        return Finding(replay.unavailable("its states"), 0, {}), None, None
                     log.info("round %d slot %d: %s; asking again", subject.plan.round, subject.slot, error)
                     await asyncio.sleep(1.0)
 
@@ -233,10 +281,11 @@ class Auditor:
             return data.batch(self._spec, subject.plan, subject.slot, step, shards.dataset)
 
         async with self._replaying:
-            return await asyncio.to_thread(
+            finding = await asyncio.to_thread(
                 audit.examine, subject, drawn, claims, batch,
                 fingerprint=self._fingerprint, tolerances=self._tolerances, device=self._device,
             )  # fmt: skip
+        return finding, claims, None
 
     async def _patiently(self, attempt: Callable[[], Awaitable[T]]) -> T:
         return await persist(attempt, deadline_s=PATIENCE_S)

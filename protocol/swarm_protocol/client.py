@@ -51,6 +51,7 @@ from swarm_protocol.spec import MAX_SPEC_BYTES, RunSpec
 log = logging.getLogger(__name__)
 
 CBOR = "application/cbor"
+OCTETS = "application/octet-stream"
 MAX_LIST_BYTES = 64 << 20
 MAX_JSON_BYTES = 16 << 20
 MAX_CHUNK_BYTES = 1 << 28
@@ -439,6 +440,15 @@ class CoordinatorClient:
         if content_hash(data) != digest:
             raise HashMismatchError(f"chunk {digest.hex()[:12]} came with other bytes")
         return data
+
+    async def put_evidence(self, digest: bytes, piece: bytes) -> None:
+        """Hand in a piece of evidence that an accepted Evidence record names. Again is harmless.
+
+        Raises:
+            RefusedError: no record names it.
+        """
+        path = f"/evidence/{digest.hex()}"
+        await self._call("PUT", path, MAX_JSON_BYTES, content=piece, headers={"content-type": OCTETS})
 
     async def _inclusion_proof(self, leaf: int, size: int) -> list[bytes]:
         answer = await self.json("/log/inclusion", leaf=leaf, size=size)

@@ -1,23 +1,34 @@
-"""Gathering what an audit looks at: public records and the checkpoint from the coordinator, claims from the node."""
+"""Gathering what an audit looks at: public records and the checkpoint from the coordinator, claims from the node.
+
+Claims of a contribution that was rejected come from the archive as well.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from swarm_protocol import aggregate, audit, fetch, training
+from swarm_protocol import aggregate, audit, evidence, fetch, training
 from swarm_protocol.audit import Claims, Subject
 from swarm_protocol.checkpoint import Checkpoint
-from swarm_protocol.chunks import CHUNK_BYTES, StateManifest, content_hash
+from swarm_protocol.chunks import CHUNK_BYTES, StateManifest, content_hash, manifest_of
 from swarm_protocol.client import CoordinatorClient
-from swarm_protocol.errors import InvalidDataError
+from swarm_protocol.errors import HashMismatchError, InvalidDataError
 from swarm_protocol.fetch import Float32
 from swarm_protocol.peers import PeerPlane
 from swarm_protocol.records import Commitment, RoundPlan, Sketches
 from swarm_protocol.training import TrainState
 
 CALL_TIMEOUT_S = 10.0
+
+
+class UnfitError(InvalidDataError):
+    """A node `served` something that is not what it committed to."""
+
+    def __init__(self, reason: str, served: bytes) -> None:
+        super().__init__(reason)
+        self.served = served
 
 
 class Subjects:
@@ -77,24 +88,56 @@ async def claims(plane: PeerPlane, subject: Subject, needed: Collection[int]) ->
     """
     node = subject.plan.roster[subject.slot].peer
     raw = await _ask(plane, node, {"op": "trace", "round": subject.plan.round}, 32 * len(subject.segments))
-    roots = tuple(raw[start : start + 32] for start in range(0, len(raw), 32))
-    audit.check_trace(subject, roots)
+    try:
+        roots = _roots(subject, raw)
+    except InvalidDataError as error:
+        raise UnfitError(str(error), raw) from error
     return Claims(roots, {index: await _state(plane, subject, roots[index]) for index in needed})
+
+
+def archived_claims(subject: Subject, found: Mapping[str, bytes]) -> Claims:
+    """The claims in archived evidence. Every state is checked against the trace, and that against the commitment.
+
+    Raises:
+        InvalidDataError: there is no trace, or the evidence is not what was committed to.
+    """
+    if "trace" not in found:
+        raise InvalidDataError("the evidence has no trace")
+    roots = _roots(subject, found["trace"])
+    states: dict[int, TrainState] = {}
+    for index, data in evidence.numbered(found, "state").items():
+        if index >= len(roots) or manifest_of(data).root != roots[index]:
+            raise HashMismatchError(f"the state at the end of segment {index} is none that was committed to")
+        states[index] = TrainState.from_bytes(subject.spec, data)
+    return Claims(roots, states)
+
+
+def _roots(subject: Subject, trace: bytes) -> tuple[bytes, ...]:
+    roots = tuple(trace[start : start + 32] for start in range(0, len(trace), 32))
+    audit.check_trace(subject, roots)
+    return roots
 
 
 async def _state(plane: PeerPlane, subject: Subject, root: bytes) -> TrainState:
     node, size = subject.plan.roster[subject.slot].peer, training.size_bytes(subject.spec)
     encoded = await _ask(plane, node, {"op": "state", "root": root}, 64 + 32 * (size // CHUNK_BYTES + 1))
-    manifest = StateManifest.decode(encoded, max_size_bytes=size)
+    try:
+        manifest = StateManifest.decode(encoded, max_size_bytes=size)
+    except InvalidDataError as error:
+        raise UnfitError(str(error), encoded) from error
     if manifest.root != root or manifest.size_bytes != size:
-        raise InvalidDataError("a state is another one")
+        raise UnfitError("a state is another one", encoded)
     pieces: list[bytes] = []
     for index, digest in enumerate(manifest.hashes):
         piece = await _ask(plane, node, {"op": "get", "hash": digest}, manifest.chunk_size(index))
         if content_hash(piece) != digest:
-            raise InvalidDataError("a chunk of a state has other bytes")
+            raise UnfitError("a chunk of a state has other bytes", piece)
         pieces.append(piece)
-    return TrainState.from_bytes(subject.spec, b"".join(pieces))
+    whole = b"".join(pieces)
+    try:
+        return TrainState.from_bytes(subject.spec, whole)
+    except InvalidDataError as error:
+        raise UnfitError(str(error), whole) from error
 
 
 async def _ask(plane: PeerPlane, node: bytes, header: dict[str, Any], max_bytes: int) -> bytes:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,12 +34,36 @@ Named = tuple[bytes, tuple[bytes, ...]]
 
 
 @dataclass(frozen=True)
+class Examined:
+    """The verdict on an average, and what was served for it: inputs that fit their commitments, and receipts."""
+
+    verdict: ReductionVerdict
+    inputs: dict[int, Input]
+    receipts: list[Envelope]
+
+
+@dataclass(frozen=True)
 class ReducedRound:
     """The public records that say what a round's averages have to be; `closing` where its aggregator selects slots."""
 
     plan: RoundPlan
     commitments: Commitments
     closing: SketchSet | None
+
+
+async def reduced_round(client: CoordinatorClient, number: int) -> ReducedRound:
+    """The records of a round whose exchange is over. Raises like `Reductions.round`."""
+    plan = await client.plan(number)
+    commitments = None if plan is None else await client.commitments(plan)
+    if plan is None or commitments is None:
+        raise InvalidDataError(f"round {number} has no commitments yet, so there are no averages to audit")
+    closing = None
+    if sketching.needed(client.spec.exchange.aggregator, plan.roster, commitments.by_slot):
+        counted = await client.sketch_set(plan, commitments)
+        if counted is None:
+            raise InvalidDataError(f"nothing was selected in round {number}: it has no averages to audit")
+        closing = counted.closing
+    return ReducedRound(plan, commitments, closing)
 
 
 class Reductions:
@@ -58,22 +82,15 @@ class Reductions:
             InvalidDataError: it has no averages, or the records contradict each other.
             UnreachableError, RefusedError
         """
-        if self._round is not None and self._round.plan.round == number:
-            return self._round
-        plan = await self._client.plan(number)
-        commitments = None if plan is None else await self._client.commitments(plan)
-        if plan is None or commitments is None:
-            raise InvalidDataError(f"round {number} has no commitments yet, so there are no averages to audit")
-        closing = None
-        if sketching.needed(self._spec.exchange.aggregator, plan.roster, commitments.by_slot):
-            counted = await self._client.sketch_set(plan, commitments)
-            if counted is None:
-                raise InvalidDataError(f"nothing was selected in round {number}: it has no averages to audit")
-            closing = counted.closing
-        self._round = ReducedRound(plan, commitments, closing)
+        if self._round is None or self._round.plan.round != number:
+            self._round = await reduced_round(self._client, number)
         return self._round
 
     async def judge(self, published: Envelope) -> ReductionVerdict:
+        """As `examine`, without what was served."""
+        return (await self.examine(published)).verdict
+
+    async def examine(self, published: Envelope) -> Examined:
         """The verdict on a part record, with what is served right now.
 
         Raises:
@@ -89,7 +106,35 @@ class Reductions:
             closing=reduced.closing,
         )  # fmt: skip
         log.info("part %d of round %d by %s: %s", record.part, record.round, published.peer, verdict.outcome)
-        return verdict
+        return Examined(verdict, inputs, receipts)
+
+    async def average(self, published: Envelope) -> bytes | None:
+        """The bytes that a part record names, from its reducer or the coordinator; None if neither serves them."""
+        record = published.open_as(PartRecord, run=self._spec.run_id)
+        reduced = await self.round(record.round)
+        served = await _Gathering(self._spec, self._plane, reduced, record.part).get(published.key, record.result)
+        if served is not None:
+            return served
+        try:
+            return await self._client.chunk(record.result, max_bytes=record.size_bytes)
+        except (UnreachableError, RefusedError, InvalidDataError):
+            return None
+
+    async def committed_parts(self, plan: RoundPlan, slot: int) -> AsyncIterator[tuple[int, Input]]:
+        """The encoded parts that a slot committed to, as far as its holder serves them.
+
+        Raises:
+            UnreachableError, RefusedError: the coordinator does not have the round's records.
+        """
+        commitments = await self._client.commitments(plan)
+        if commitments is None:
+            return
+        for part in range(parts.part_count(self._spec)):
+            gathering = _Gathering(self._spec, self._plane, ReducedRound(plan, commitments, None), part)
+            found = await gathering.inputs(plan.roster[slot].peer, [slot])
+            if slot not in found:
+                return
+            yield part, found[slot]
 
 
 class _Gathering:
@@ -126,7 +171,7 @@ class _Gathering:
                     continue
                 digest, proof = told[slot]
                 for server in (reducer, holder):
-                    data = await self._get(server, digest)
+                    data = await self.get(server, digest)
                     if data is not None and reduction_audit.is_committed(
                         self._spec, self._commitments[slot], self._part, Input(data, proof)
                     ):
@@ -158,7 +203,8 @@ class _Gathering:
             return []
         return value if isinstance(value, list) else []
 
-    async def _get(self, peer: bytes, digest: bytes) -> bytes | None:
+    async def get(self, peer: bytes, digest: bytes) -> bytes | None:
+        """The bytes of a hash, an encoded part's or an average's, if this peer serves them."""
         raw = await self._ask(peer, {"op": "get", "hash": digest}, parts.encoded_part_bytes(self._spec, self._part))
         return raw if raw is not None and content_hash(raw) == digest else None
 

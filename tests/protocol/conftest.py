@@ -34,6 +34,8 @@ from swarm_protocol.records import (
     Comparison,
     Envelope,
     Evaluation,
+    Evidence,
+    EvidenceItem,
     NonceOpening,
     Outcome,
     PartHeld,
@@ -175,6 +177,27 @@ class Cast:
             reason="the replay says so",
             steps_replayed=2,
             fingerprint=self.fingerprint,
+        )
+        return Envelope.sign(auditor, record)
+
+    def evidence(self, auditor: Identity, audited: Envelope, *pieces: bytes, slot: int | None = None) -> Envelope:
+        """What an auditor says that it judged by, of a commitment or, with the reducer's `slot`, of a part record."""
+        judged = audited.open()
+        part = judged.part if isinstance(judged, PartRecord) else None
+        slot = judged.slot if isinstance(judged, Commitment) else slot
+        assert slot is not None
+        record = Evidence(
+            run=self.run,
+            round=judged.round,
+            sequence=Evidence.sequence_of(slot, part),
+            slot=slot,
+            part=part,
+            audited=judged.hash,
+            segment=None if part is not None else 1,
+            items=tuple(
+                EvidenceItem(name=f"part-{number}", size_bytes=len(piece), chunks=(content_hash(piece),))
+                for number, piece in enumerate(pieces)
+            ),
         )
         return Envelope.sign(auditor, record)
 

@@ -25,6 +25,7 @@ from swarm_protocol.records import (
     Commitment,
     Envelope,
     Equivocation,
+    Evidence,
     PartHeld,
     PartRecord,
     Ready,
@@ -90,6 +91,7 @@ async def whole_round(api: Api) -> AsyncIterator[Envelope]:
     yield cast.report(plan, tuple(average.open().hash for average in averages), b"r" * 32)
     for slot in range(2):
         yield cast.opening(plan, slot)
+    yield cast.evidence(cast.auditors[0], commitments[0], b"what it judged by")
     for auditor in cast.auditors:
         for commitment in commitments:
             yield cast.verdict(auditor, commitment)
@@ -217,7 +219,12 @@ def misdirected(cast: Any, honest: Envelope) -> Iterator[bytes]:
             yield cast.changed(signer, record, commitment_set=b"x" * 32).encode()
         case PartHeld():
             yield cast.changed(signer, record, part_record=b"x" * 32, sequence=77).encode()
+        case Evidence():
+            yield cast.changed(signer, record, audited=b"x" * 32).encode()
+            yield cast.changed(signer, record, slot=1).encode()
+            yield cast.changed(signer, record, items=(*record.items, *record.items)).encode()
         case Verdict():
+            yield cast.changed(signer, record, evidence=b"x" * 32).encode()
             yield cast.changed(signer, record, commitment=b"x" * 32, sequence=77).encode()
         case Equivocation():
             yield cast.changed(signer, record, second=record.first, sequence=77).encode()

@@ -106,6 +106,17 @@ ONE_OF_EACH: dict[str, Record] = {
             manifest=digest("manifest"),
             openings=(records.SlotNonce(slot=1, nonce=digest("opened")),),
         ),
+        records.Evidence(
+            **NAME,
+            slot=1,
+            part=None,
+            audited=digest("commitment"),
+            segment=2,
+            items=(
+                records.EvidenceItem(name="trace", size_bytes=96, chunks=(digest("roots"),)),
+                records.EvidenceItem(name="state-2", size_bytes=1 << 20, chunks=(digest("a state"),)),
+            ),
+        ),
         records.Verdict(
             **NAME,
             slot=1,
@@ -116,6 +127,7 @@ ONE_OF_EACH: dict[str, Record] = {
             reason="the replay is farther away than the tolerance",
             steps_replayed=20,
             fingerprint=digest("runtime"),
+            evidence=digest("evidence"),
         ),
         records.PartVerdict(
             **NAME,
@@ -231,6 +243,7 @@ verdicts = st.builds(
     reason=st.text(st.characters(exclude_characters="\0", codec="utf-8"), max_size=500),
     steps_replayed=st.integers(0, 10_000),
     fingerprint=hashes,
+    evidence=st.none() | hashes,
 )
 manifests = st.builds(
     records.RoundManifest,

@@ -17,14 +17,26 @@ from swarm_node.cheats.kinds import KINDS, conduct
 from swarm_node.conduct import HONEST, Conduct
 from swarm_node.contribution import Contribution, Progress
 from swarm_node.evidence import Evidence
-from swarm_protocol import audit, chunks, corpus, data, parts, training
+from swarm_protocol import (
+    audit,
+    chunks,
+    collecting,
+    corpus,
+    data,
+    evidence,
+    gathering,
+    parts,
+    reduction_audit,
+    training,
+)
 from swarm_protocol.audit import Claims, Subject
 from swarm_protocol.calls import Call
 from swarm_protocol.checkpoint import Checkpoint
 from swarm_protocol.data import Dataset
-from swarm_protocol.errors import HashMismatchError, RefusedError
+from swarm_protocol.errors import HashMismatchError, InvalidDataError, RefusedError
 from swarm_protocol.model.llama import initial_parameters
 from swarm_protocol.records import Comparison, Outcome, RoundPlan, Seat
+from swarm_protocol.reduction_audit import Input
 from swarm_protocol.spec import (
     AuditSpec,
     DataConfig,
@@ -257,6 +269,87 @@ def test_a_trace_of_other_roots_is_not_the_one_that_was_committed_to(native: Rig
             audit.check_trace(subject, roots)
 
 
+class Archive:
+    """What an auditor collects from a node that serves what it made, and what anybody reads of it later."""
+
+    def __init__(self, rig: Rig, made: Contribution, handlers: Any = None) -> None:
+        served = Evidence()
+        served.add(0, made)
+        self.rig, self.made, self.subject = rig, made, rig.subject(made)
+        self._handlers = handlers or served.handlers
+
+    async def call(self, _: bytes, header: dict[str, Any], **__: Any) -> tuple[dict[str, Any], bytes]:
+        answer = await self._handlers[str(header["op"])](call(**header))
+        return answer.header, bytes(answer.body)
+
+    async def committed_parts(self, *_: object) -> Any:
+        for part, digest in enumerate(self.made.part_hashes):
+            data = await self.call(b"", {"op": "get", "hash": digest})
+            yield part, Input(data[1], self.made.proof(part))
+
+    def of(self, finding: audit.Finding, claims: Claims | None) -> tuple[int | None, dict[str, bytes]]:
+        """The segment that decided, and the archived bytes by name."""
+        us: Any = self
+        segment, collected = asyncio.run(collecting.contribution(us, us, self.subject, finding, claims))
+        assert sum(item.size_bytes for item in collected.items) <= evidence.max_bytes(self.rig.spec, 1, None)
+        pieces = dict(collected.pieces())
+        return segment, {item.name: b"".join(pieces[one] for one in item.chunks) for item in collected.items}
+
+
+@pytest.mark.parametrize("kind", [Kind.MADE_UP, Kind.SKIPPED_STEP, Kind.OTHER_PARTS, Kind.FORGED_STATES])
+def test_what_is_archived_of_a_rejection_is_enough_to_reject_again(native: Rig, kind: Kind) -> None:
+    made = native.make(conduct(kind))
+    archive = Archive(native, made)
+    first = native.audited(made)
+    assert first.judgement.outcome is Outcome.REJECTED
+    segment, found = archive.of(first, native.claims(made))
+    assert segment == {Kind.SKIPPED_STEP: 1, Kind.FORGED_STATES: 0}.get(kind, segment)
+    claims = gathering.archived_claims(archive.subject, found)
+    assert set(claims.states) == set(audit.states_around(archive.subject, segment or 0))
+    again = native.examine(archive.subject, claims, segment or 0)
+    assert (again.judgement.outcome, again.judgement.reason) == (Outcome.REJECTED, first.judgement.reason)
+    parts_sent = evidence.inputs_of(found, "part")
+    assert all(
+        reduction_audit.is_committed(native.spec, archive.subject.commitment, part, one)
+        for part, one in parts_sent.items()
+    )
+    assert len(parts_sent) == 3
+
+
+def test_archived_states_that_were_not_committed_to_prove_nothing(native: Rig) -> None:
+    made = native.make(conduct(Kind.MADE_UP))
+    archive = Archive(native, made)
+    _, found = archive.of(native.audited(made), native.claims(made))
+    honest = native.make(HONEST)
+    forged = found | {"state-2": honest.state_path(2).read_bytes()}
+    with pytest.raises(InvalidDataError, match="none that was committed to"):
+        gathering.archived_claims(archive.subject, forged)
+    with pytest.raises(InvalidDataError, match="committed"):
+        gathering.archived_claims(archive.subject, found | {"trace": b"".join(honest.state_roots)})
+    with pytest.raises(InvalidDataError, match="no trace"):
+        gathering.archived_claims(archive.subject, {})
+
+
+def test_of_an_exact_rejection_the_claimed_trace_states_and_parts_are_archived(
+    rig_of: Callable[[str], Rig],
+) -> None:
+    exact = rig_of("exact")
+    made = exact.make(conduct(Kind.FLIPPED_BIT))
+    archive = Archive(exact, made)
+    segment, found = archive.of(exact.examine(archive.subject, None), None)
+    assert segment == 2
+    assert found["trace"] == b"".join(made.state_roots)
+    assert found["state-2"] == made.state_path(2).read_bytes()
+    assert {name for name in found if name.startswith("part-")} == {"part-0", "part-1", "part-2"}
+
+
+def test_where_a_node_serves_nothing_nothing_is_archived(rig_of: Callable[[str], Rig]) -> None:
+    exact = rig_of("exact")
+    made = exact.make(conduct(Kind.FLIPPED_BIT))
+    silent = Archive(exact, made, Evidence().handlers)
+    assert silent.of(exact.examine(silent.subject, None), None) == (None, {})
+
+
 def test_without_evidence_native_audits_are_unavailable_and_exact_ones_need_none(rig: Rig) -> None:
     subject = rig.subject(rig.make(conduct(Kind.REFUSES_EVIDENCE)))
     outcome = rig.examine(subject, None).judgement.outcome
@@ -271,10 +364,10 @@ def call(**header: Any) -> Call:
 
 
 def test_who_refuses_evidence_still_passes_averages_on(native: Rig, tmp_path: Path) -> None:
-    evidence = Evidence()
+    served = Evidence()
     (tmp_path / "average").write_bytes(b"an average")
-    evidence.add_piece(0, b"h" * 32, tmp_path / "average")
-    handlers = conduct(Kind.REFUSES_EVIDENCE).evidence(evidence.handlers)
+    served.add_piece(0, b"h" * 32, tmp_path / "average")
+    handlers = conduct(Kind.REFUSES_EVIDENCE).evidence(served.handlers)
     for header in ({"op": "trace", "round": 0}, {"op": "state", "root": bytes(32)}):
         with pytest.raises(RefusedError):
             asyncio.run(_answer(handlers[str(header["op"])](call(**header))))
@@ -285,9 +378,9 @@ def test_forged_evidence_is_other_bytes_for_states_and_right_ones_for_all_else(n
     how = conduct(Kind.FORGED_EVIDENCE)
     made = native.make(how)
     assert native.audited(made).judgement.outcome is Outcome.ACCEPTED  # as it lies on disk
-    evidence = Evidence()
-    evidence.add(0, made)
-    handlers = how.evidence(evidence.handlers)
+    index = Evidence()
+    index.add(0, made)
+    handlers = how.evidence(index.handlers)
     piece, part = made.states[0].hashes[0], made.part_hashes[0]
     served = asyncio.run(_answer(handlers["get"](call(op="get", hash=piece))))
     assert chunks.content_hash(served.body) != piece

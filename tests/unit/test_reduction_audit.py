@@ -10,7 +10,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from swarm_protocol import chunks, codec, encoding, merkle, parts, reduction, reduction_audit
+from swarm_protocol import chunks, codec, collecting, encoding, evidence, merkle, parts, reduction, reduction_audit
 from swarm_protocol.client import Commitments, CoordinatorClient
 from swarm_protocol.errors import InvalidDataError, RefusedError
 from swarm_protocol.identity import Identity
@@ -237,8 +237,8 @@ def honest(case: Case, slot: int, header: dict[str, Any]) -> bytes | None:
             return next((one.data for one in mine.values() if chunks.content_hash(one.data) == header["hash"]), None)
 
 
-def gathered(case: Case, published: Envelope, serve: Serve) -> ReductionVerdict:
-    """The verdict of somebody who has nothing but what the nodes of the round serve."""
+def reductions(case: Case, serve: Serve) -> Reductions:
+    """What somebody has to judge by who has nothing but what the nodes of the round serve."""
     closing = CommitmentSet(run=case.spec.run_id, round=ROUND, plan=case.plan.hash, commitments=())
 
     async def plan(_: int) -> RoundPlan:
@@ -253,9 +253,16 @@ def gathered(case: Case, published: Envelope, serve: Serve) -> ReductionVerdict:
             raise RefusedError("not now")
         return {}, body
 
-    client = SimpleNamespace(spec=case.spec, plan=plan, commitments=commitments)
+    async def chunk(_: bytes, **__: Any) -> bytes:
+        raise RefusedError("the coordinator does not have it")
+
+    client = SimpleNamespace(spec=case.spec, plan=plan, commitments=commitments, chunk=chunk)
     plane = SimpleNamespace(call=call)
-    return asyncio.run(Reductions(cast(CoordinatorClient, client), cast(PeerPlane, plane)).judge(published))
+    return Reductions(cast(CoordinatorClient, client), cast(PeerPlane, plane))
+
+
+def gathered(case: Case, published: Envelope, serve: Serve) -> ReductionVerdict:
+    return asyncio.run(reductions(case, serve).judge(published))
 
 
 def test_what_honest_nodes_serve_is_enough_for_a_verdict() -> None:
@@ -293,3 +300,40 @@ def test_a_reducer_that_does_not_serve_its_own_input_withholds_it() -> None:
     assert (verdict.outcome, verdict.slots) == (ReductionOutcome.WITHHELD, (2,))
     verdict = gathered(case, published, lambda slot, header: None if slot in (2, 3) else honest(case, slot, header))
     assert (verdict.outcome, verdict.slots) == (ReductionOutcome.UNAVAILABLE, (2, 3)), "that may be the sender's fault"
+
+
+def archived(case: Case, published: Envelope) -> dict[str, bytes]:
+    """What an auditor has archived of an average, by name."""
+
+    async def collect() -> evidence.Collected:
+        seen = reductions(case, lambda *asked: honest(case, *asked))
+        return await collecting.average(seen, published, await seen.examine(published))
+
+    collected = asyncio.run(collect())
+    assert sum(item.size_bytes for item in collected.items) <= evidence.max_bytes(case.spec, len(NODES), PART)
+    pieces = dict(collected.pieces())
+    return {item.name: b"".join(pieces[one] for one in item.chunks) for item in collected.items}
+
+
+@pytest.mark.parametrize(
+    ("slots", "over", "outcome"),
+    [((0, 1, 2, 3), (1, 2, 3), ReductionOutcome.WRONG_AVERAGE), ((0, 2, 3), (), ReductionOutcome.LEFT_OUT)],
+    ids=["wrong average", "left out"],
+)
+def test_what_is_archived_of_an_average_is_enough_to_reject_it_again(
+    slots: tuple[int, ...], over: tuple[int, ...], outcome: ReductionOutcome
+) -> None:
+    case = Case()
+    published = case.published(*slots, over=over)
+    found = archived(case, published)
+    inputs, receipts = evidence.inputs_of(found, "input"), evidence.receipts_of(found)
+    assert (set(inputs), len(receipts)) == (set(slots), 3)
+    again = reduction_audit.judge(case.spec, case.plan, case.commitments, published, inputs, receipts)
+    assert again.outcome is outcome
+    assert again == case.judge(published)
+
+
+@pytest.mark.parametrize("proofs", [b"", b"\xa0", encoding.encode([[1]]), encoding.encode([[1, [b"short"]]])])
+def test_proofs_that_are_none_are_refused(proofs: bytes) -> None:
+    with pytest.raises(InvalidDataError):
+        evidence.inputs_of({"input-1": b"an input", "proofs": proofs}, "input")

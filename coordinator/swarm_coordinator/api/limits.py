@@ -8,6 +8,7 @@ the client's with X-Forwarded-For.
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
 from collections import Counter, OrderedDict
@@ -19,15 +20,17 @@ from ipaddress import IPv6Address, ip_address, ip_network
 from typing import Annotated
 
 from fastapi import Depends, Query, Request
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from swarm_coordinator.api.problems import LimitedError, answer
-from swarm_protocol.errors import ConfigurationError
+from swarm_protocol.errors import ConfigurationError, RefusedError
 from swarm_protocol.records import (
     MAX_RECORD_BYTES,
     Addresses,
     CheckpointReport,
     Evaluation,
+    Evidence,
     PartHeld,
     PartVerdict,
     Ready,
@@ -38,7 +41,7 @@ from swarm_protocol.records import (
 
 MAX_WAIT_S = 30.0
 BUSY_S = 5.0
-OFFICIAL = (Addresses, CheckpointReport, Evaluation, PartHeld, PartVerdict, SketchSet, Verdict)
+OFFICIAL = (Addresses, CheckpointReport, Evaluation, Evidence, PartHeld, PartVerdict, SketchSet, Verdict)
 """Records that only the checkpoint worker, or only an auditor, may sign."""
 
 
@@ -194,6 +197,27 @@ def too_long(limits: Limits) -> LimitedError:
     """The refusal of a body beyond the bound."""
     reason = f"a record has at most {limits.max_body_bytes} bytes"
     return LimitedError(reason, status=413, code="too-long", close=True)
+
+
+async def bounded_body(request: Request, limits: Limits) -> bytes:
+    """The request's body, never more of it than a record may have, and not longer than `body_s`.
+
+    Raises:
+        RefusedError: too long, too slow, or cut off.
+    """
+    body = bytearray()
+    try:
+        async with asyncio.timeout(limits.body_s):
+            async for piece in request.stream():
+                body += piece
+                if len(body) > limits.max_body_bytes:
+                    raise too_long(limits)
+    except TimeoutError as error:
+        reason = f"the record did not come within {limits.body_s:g} s; send it again"
+        raise LimitedError(reason, status=408, code="too-slow", retry_after_s=1.0, close=True) from error
+    except ClientDisconnect as error:
+        raise RefusedError("the record was cut off", status=400, code="cut-off") from error
+    return bytes(body)
 
 
 def too_many(reason: str, wait_s: float) -> LimitedError:

@@ -240,6 +240,38 @@ class VerdictDetail(BaseModel):
     comparison: Comparison | None
     statistic: float | None
     reason: str
+    evidence: Hex | None = Field(description="the hash of the signed list of what is archived, of a rejection")
+
+
+class EvidencePiece(BaseModel):
+    hash: Hex
+    size_bytes: int
+    href: str = Field(description="where its bytes are", examples=["/v1/runs/6c1f/chunks/6c1f"])
+
+
+class EvidenceItemDetail(BaseModel):
+    name: str = Field(description="`trace`, `state-2`, `part-3`, `input-1` and the like", examples=["state-2"])
+    size_bytes: int
+    pieces: list[EvidencePiece] = Field(description="in their order: together they are the item")
+
+
+class EvidenceDetail(BaseModel):
+    """What one auditor judged by."""
+
+    hash: Hex = Field(description="of the signed Evidence record, which the verdict names")
+    auditor: PeerID
+    part: int | None = Field(description="of an average; null for a contribution")
+    segment: int | None = Field(description="of a contribution, the one that decided")
+    items: list[EvidenceItemDetail]
+
+
+class ArchivedEvidence(BaseModel):
+    round: int
+    slot: int
+    evidence: list[EvidenceDetail]
+    without: list[VerdictDetail] = Field(
+        description="verdicts against the slot of which nothing is archived: nothing was served, or public records are enough"
+    )
 
 
 class VerdictEntry(VerdictDetail):

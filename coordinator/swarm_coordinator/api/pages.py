@@ -134,4 +134,5 @@ def _entry(row: RecordRow) -> VerdictEntry:
         comparison=contribution and contribution.comparison,
         statistic=contribution and contribution.statistic,
         reason=record.reason,
+        evidence=None if record.evidence is None else record.evidence.hex(),
     )

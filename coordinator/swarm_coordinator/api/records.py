@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Request, Response
-from starlette.requests import ClientDisconnect
 
 from swarm_coordinator.api.access import CBOR, TheRun
-from swarm_coordinator.api.limits import Limits, TheDesk, too_long
+from swarm_coordinator.api.limits import TheDesk, bounded_body
 from swarm_coordinator.api.metrics import Metrics
 from swarm_coordinator.api.models import ReceiptModel
 from swarm_coordinator.api.openapi import record_examples
 from swarm_coordinator.api.problems import LimitedError, documented
-from swarm_protocol.errors import RefusedError
 from swarm_protocol.records import Envelope, Ready, Record
 
 router = APIRouter(prefix="/v1/runs/{run_id}", tags=["records"])
@@ -58,7 +55,7 @@ async def submit(
         opened = (envelope.key, record)
 
     try:
-        body = await _bounded_body(request, desk.limits)
+        body = await bounded_body(request, desk.limits)
         receipt = await run.submit(body, token.strip() if scheme.lower() == "bearer" else None, checked)
         result = "accepted" if receipt.new else "repeated"
     except LimitedError:
@@ -71,24 +68,3 @@ async def submit(
     response.status_code = 201 if receipt.new else 200
     signed = None if receipt.signed is None else receipt.signed.hex()
     return ReceiptModel(hash=receipt.hash.hex(), kind=receipt.kind, leaf=receipt.leaf, receipt=signed)
-
-
-async def _bounded_body(request: Request, limits: Limits) -> bytes:
-    """The request's body, never more of it than a record may have, and not longer than `body_s`.
-
-    Raises:
-        RefusedError: too long, too slow, or cut off.
-    """
-    body = bytearray()
-    try:
-        async with asyncio.timeout(limits.body_s):
-            async for piece in request.stream():
-                body += piece
-                if len(body) > limits.max_body_bytes:
-                    raise too_long(limits)
-    except TimeoutError as error:
-        reason = f"the record did not come within {limits.body_s:g} s; send it again"
-        raise LimitedError(reason, status=408, code="too-slow", retry_after_s=1.0, close=True) from error
-    except ClientDisconnect as error:
-        raise RefusedError("the record was cut off", status=400, code="cut-off") from error
-    return bytes(body)

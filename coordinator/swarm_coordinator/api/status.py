@@ -115,19 +115,21 @@ def round_detail(archive: Archive, number: int) -> RoundDetail | None:
         root=None if row.root is None else row.root.hex(),
         roster=_roster(archive, row, plan),
         part_records=_part_records(archive, row, plan),
-        verdicts=[
-            VerdictDetail(
-                slot=verdict.slot,
-                part=audited_part(verdict),
-                auditor=peer_id(verdict.auditor),
-                outcome=Outcome(verdict.outcome),
-                comparison=None if verdict.comparison is None else Comparison(verdict.comparison),
-                statistic=verdict.statistic,
-                reason=verdict.reason,
-            )
-            for verdict in archive.round_verdicts(number)
-        ],
+        verdicts=[verdict_detail(verdict) for verdict in archive.round_verdicts(number)],
         evaluation=_evaluation(evaluations.of_round(archive.session, archive.run, number)),
+    )
+
+
+def verdict_detail(row: VerdictRow) -> VerdictDetail:
+    return VerdictDetail(
+        slot=row.slot,
+        part=audited_part(row),
+        auditor=peer_id(row.auditor),
+        outcome=Outcome(row.outcome),
+        comparison=None if row.comparison is None else Comparison(row.comparison),
+        statistic=row.statistic,
+        reason=row.reason,
+        evidence=None if row.evidence is None else row.evidence.hex(),
     )
 
 

@@ -175,6 +175,11 @@ class Archive:
         """The audit of a slot's contribution, or of its average of a part."""
         return self.session.get(AuditRow, (self.run, round_number, slot, part))
 
+    def was_audited(self, round_number: int, slot: int) -> bool:
+        """Whether a slot's contribution, or an average that it made, was drawn."""
+        query = select(AuditRow.slot).filter_by(run=self.run, round=round_number, slot=slot).limit(1)
+        return self.session.scalar(query) is not None
+
     def pending_audits(self) -> dict[bytes, int]:
         """How many audits without an outcome each node has, by its key."""
         query = select(AuditRow.peer, func.count()).where(AuditRow.run == self.run, AuditRow.outcome.is_(None))

@@ -186,7 +186,8 @@ class AuditRow(Base):
 
 
 class VerdictRow(Base):
-    """What one auditor said of one contribution, or of one average, which has no comparison."""
+    """What one auditor said of one contribution, or of one average, which has no comparison. `evidence` is the hash of the
+    Evidence record of a rejection."""
 
     __tablename__ = "verdicts"
 
@@ -199,6 +200,22 @@ class VerdictRow(Base):
     comparison: Mapped[str | None]
     statistic: Mapped[float | None]
     reason: Mapped[str]
+    evidence: Mapped[bytes | None] = mapped_column(default=None)
+
+
+class EvidenceRow(Base):
+    """An object that an auditor's evidence consists of, of `size_bytes`. Whatever is named here is never deleted."""
+
+    __tablename__ = "evidence"
+    __table_args__ = (Index("evidence_by_hash", "run", "hash"),)
+
+    run: Mapped[bytes] = mapped_column(ForeignKey(RunRow.id), primary_key=True)
+    round: Mapped[int] = mapped_column(primary_key=True)
+    slot: Mapped[int] = mapped_column(primary_key=True)
+    part: Mapped[int] = mapped_column(primary_key=True, default=CONTRIBUTION)
+    auditor: Mapped[bytes] = mapped_column(primary_key=True)
+    hash: Mapped[bytes] = mapped_column(primary_key=True)
+    size_bytes: Mapped[int]
 
 
 class CreditStatus(StrEnum):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from swarm_protocol.records.audits import BeaconReveal, Equivocation, NonceOpening, PartVerdict, Verdict
+from swarm_protocol.records.audits import BeaconReveal, Equivocation, Evidence, NonceOpening, PartVerdict, Verdict
 from swarm_protocol.records.base import Record
 from swarm_protocol.records.ledger import Ban, CreditStatement, LogHead, Receipt, RunEnd
 from swarm_protocol.records.rounds import (
@@ -25,7 +25,7 @@ KINDS: dict[str, type[Record]] = {
     record.kind: record
     for record in (
         Registration, Appointment, Addresses, Ready, RoundPlan, Commitment, CommitmentSet, Sketches, SketchObjection,
-        SketchSet, PartRecord, PartReceipt, PartHeld, CheckpointReport, RoundManifest, NonceOpening, BeaconReveal, Verdict,
-        PartVerdict, Equivocation, Evaluation, Receipt, LogHead, Ban, RunEnd, CreditStatement,
+        SketchSet, PartRecord, PartReceipt, PartHeld, CheckpointReport, RoundManifest, NonceOpening, BeaconReveal, Evidence,
+        Verdict, PartVerdict, Equivocation, Evaluation, Receipt, LogHead, Ban, RunEnd, CreditStatement,
     )
 }  # fmt: skip

@@ -38,6 +38,7 @@ from swarm_protocol.client import Commitments, CoordinatorClient, SealedRound
 from swarm_protocol.errors import InvalidDataError, RefusedError, SwarmError, UnreachableError
 from swarm_protocol.fingerprint import fingerprint_hash, runtime_fingerprint
 from swarm_protocol.http import persist
+from swarm_protocol.layout import require_same
 from swarm_protocol.peers import ADDRESS_TTL_S, PeerPlane
 from swarm_protocol.records import Addresses, Commitment, Envelope, NonceOpening, Ready, Record, Registration, RoundPlan
 from swarm_protocol.signing import SigningLedger
@@ -362,6 +363,11 @@ class Volunteer:
         except (UnreachableError, RefusedError, InvalidDataError) as error:
             following, reason = None, str(error)
         if following is not None and following.root == sealed.manifest.root:
+            try:
+                require_same(self._spec, sealed.checkpoint, following.root, checkpoint.root)
+            except InvalidDataError as error:
+                log.error("round %d: %s", plan.round, error)
+                self._say(f"Round {plan.round}: {error}.")
             missing = sealed.manifest.parts.count(None)
             note = f", {missing} of {len(sealed.manifest.parts)} parts missing" if missing else ""
             self._say(f"Round {plan.round}: sealed, checkpoint {following.root.hex()[:12]}{note}.")

@@ -11,7 +11,7 @@ from functools import lru_cache
 from swarm_protocol import encoding
 from swarm_protocol.chunks import CHUNK_BYTES, content_hash
 from swarm_protocol.errors import InvalidDataError
-from swarm_protocol.model.shapes import parameter_shapes
+from swarm_protocol.model.shapes import trainable_shapes
 from swarm_protocol.records import CheckpointManifest
 from swarm_protocol.spec import RunSpec
 
@@ -19,16 +19,9 @@ GROUPS = ("parameters", "momentum")
 DTYPE = "float32"
 
 
-def shapes(spec: RunSpec) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that is trained, in canonical order."""
-    if spec.trainable.kind != "all":
-        raise NotImplementedError(f"the layout of checkpoints of {spec.trainable.kind} runs")
-    return parameter_shapes(spec.model)
-
-
 def layout(spec: RunSpec) -> bytes:
     """The layout document of a run's checkpoints."""
-    tensors = shapes(spec).items()
+    tensors = trainable_shapes(spec.model, spec.trainable).items()
     return encoding.encode([[group, name, DTYPE, list(shape)] for group in GROUPS for name, shape in tensors])
 
 

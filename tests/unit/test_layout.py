@@ -13,6 +13,7 @@ from swarm_protocol import encoding, layout
 from swarm_protocol.checkpoint import Checkpoint
 from swarm_protocol.chunks import CHUNK_BYTES, content_hash
 from swarm_protocol.errors import InvalidDataError
+from swarm_protocol.model.shapes import trainable_shapes
 from swarm_protocol.spec import ParentSpec, RunSpec
 
 
@@ -24,7 +25,7 @@ def test_the_layout_names_every_byte_in_order(run_spec: RunSpec) -> None:
     assert [group for group, *_ in tensors] == ["parameters"] * (len(tensors) // 2) + ["momentum"] * (len(tensors) // 2)
     assert {dtype for *_, dtype, _ in tensors} == {"float32"}
     assert [(name, shape) for _, name, _, shape in tensors[: len(tensors) // 2]] == [
-        (name, list(shape)) for name, shape in layout.shapes(spec).items()
+        (name, list(shape)) for name, shape in trainable_shapes(spec.model, spec.trainable).items()
     ]
     checkpoint = Checkpoint.initial(np.zeros(spec.model.num_parameters, np.float32))
     size_bytes = sum(4 * math.prod(shape) for *_, shape in tensors)

@@ -1,4 +1,4 @@
-"""Names and shapes of a model's parameters, and of what is trained of them. Nothing here computes, and nothing loads torch."""
+"""Names and shapes of a model's parameters, and of what is trained of them. Nothing here computes or loads torch."""
 
 from __future__ import annotations
 

@@ -86,12 +86,17 @@ class Volunteer:
         self._key = ledger.identity.public_key
         self._fingerprint = runtime_fingerprint(device, threads)
         self._faults = Faults((*faults.planned, *conduct.faults.planned))
-        self._evidence = Evidence(self._faults)
+        self._evidence = Evidence(self._faults, shards=self._run_folder.shards)
         self._measured = Measured()
         self._vector = np.empty(client.spec.num_trainable, np.float32)
         self._desk = ExchangeDesk()
         self._keeper = CheckpointKeeper(
-            client, plane, self._run_folder, say=say, fetching=partial(self._tell, "fetching the checkpoint")
+            client,
+            plane,
+            self._run_folder,
+            self._evidence,
+            say=say,
+            fetching=partial(self._tell, "fetching the checkpoint"),
         )
         self._stopping = asyncio.Event()
         self._bootstrap: list[str] = []

@@ -96,7 +96,7 @@ class Auditor:
         self._folder = folder
         self._device = device
         self._fingerprint = fingerprint_hash(runtime_fingerprint(device, threads))
-        self._subjects = Subjects(client)
+        self._subjects = Subjects(client, plane)
         self._reductions = Reductions(client, plane)
         self._first_seen: dict[Name, float] = {}
         self._under_way: set[Name] = set()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Collection
 from typing import Any
 
-from swarm_protocol import aggregate, audit, fetch, training
+from swarm_protocol import aggregate, audit, training
 from swarm_protocol.audit import Claims, Subject
+from swarm_protocol.catching_up import CatchUp
 from swarm_protocol.checkpoint import Checkpoint
 from swarm_protocol.chunks import CHUNK_BYTES, StateManifest, content_hash
 from swarm_protocol.client import CoordinatorClient
@@ -19,10 +21,13 @@ CALL_TIMEOUT_S = 10.0
 
 
 class Subjects:
-    """Contributions of one run; the newest checkpoint that was asked for is kept, since a round's begin from one."""
+    """Contributions of one run; the newest checkpoint that was asked for is kept, since a round's begin from one, and the
+    next round's is a delta away."""
 
-    def __init__(self, client: CoordinatorClient) -> None:
+    def __init__(self, client: CoordinatorClient, plane: PeerPlane | None = None) -> None:
         self._client = client
+        self._catching_up = CatchUp(client, plane)
+        self._fetching = asyncio.Lock()
         self._base: Checkpoint | None = None
 
     async def find(self, round_number: int, slot: int, commitment_hash: bytes) -> Subject:
@@ -40,9 +45,10 @@ class Subjects:
         commitment = envelope.open_as(Commitment, run=self._client.spec.run_id, round=round_number, key=holder)
         if commitment.plan != plan.hash or commitment.slot != slot:
             raise InvalidDataError("the commitment is for another plan or slot")
-        base = self._base
-        if base is None or base.root != plan.base:
-            self._base = base = await fetch.checkpoint(self._client, round_number, plan.base)
+        async with self._fetching:
+            base = self._base
+            if base is None or base.root != plan.base:
+                self._base = base = await self._catching_up.checkpoint(round_number, plan.base, base)
         return Subject(self._client.spec, plan, slot, commitment, base.parameters, await self._sketches(plan, slot))
 
     async def _sketches(self, plan: RoundPlan, slot: int) -> Sketches | None:

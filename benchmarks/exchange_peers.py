@@ -28,6 +28,7 @@ from swarm_node.measured import Measured
 from swarm_protocol import chunks, codec, parts, processes
 from swarm_protocol.client import Commitments, CoordinatorClient, SealedRound
 from swarm_protocol.identity import Identity
+from swarm_protocol.layout import checkpoint_manifest
 from swarm_protocol.peers import PeerPlane
 from swarm_protocol.records import Commitment, CommitmentSet, Envelope, PartRecord, RoundManifest, RoundPlan, SlotHash
 from swarm_protocol.signing import SigningLedger
@@ -228,7 +229,7 @@ def _sealed(spec: RunSpec, plan: RoundPlan, closing: CommitmentSet, envelopes: l
         run=spec.run_id, round=plan.round, plan=plan.hash, commitment_set=closing.hash,
         parts=tuple(by_part[part] for part in range(parts.part_count(spec))), base=plan.base, root=bytes(32),
     )  # fmt: skip
-    return SealedRound(manifest, found)
+    return SealedRound(manifest, found, checkpoint_manifest(spec, plan.round + 1, manifest.root, manifest.base))
 
 
 def close(plan: RoundPlan, commitments: dict[int, Commitment]) -> CommitmentSet:

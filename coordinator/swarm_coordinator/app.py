@@ -7,6 +7,7 @@ from fastapi.routing import APIRoute
 
 from swarm_coordinator.api import (
     admission,
+    checkpoints,
     events,
     evidence,
     health,
@@ -53,7 +54,7 @@ def create_app(*services: Service, limits: Limits | None = None, metrics_public:
     app.state.services = services
     app.state.desk = desk
     app.state.metrics, app.state.metrics_public = metrics, metrics_public
-    for module in (health, runs, records, pages, rounds, objects, evidence, events, ledger, admission):
+    for module in (health, runs, records, pages, rounds, checkpoints, objects, evidence, events, ledger, admission):
         app.include_router(module.router)
     problems.install(app)
     openapi.install(app)

@@ -49,6 +49,7 @@ from swarm_protocol import encoding, equivocation
 from swarm_protocol.draw import chain_value
 from swarm_protocol.errors import InvalidDataError
 from swarm_protocol.identity import Identity, peer_id
+from swarm_protocol.layout import checkpoint_manifest, parent_of_first
 from swarm_protocol.log import Log
 from swarm_protocol.policy import acceptances_needed, resolve
 from swarm_protocol.records import (
@@ -56,6 +57,7 @@ from swarm_protocol.records import (
     Appointment,
     Ban,
     BeaconReveal,
+    CheckpointManifest,
     CheckpointReport,
     Commitment,
     CommitmentSet,
@@ -151,6 +153,12 @@ class Entry:
             signer=None if envelope.key == identity.public_key else identity,
             due_round=self.state.round + 1,
         )
+
+    def begin(self) -> None:
+        """Sign the manifest of checkpoint 0, once."""
+        spec, key = self._office.spec, self._office.identity.public_key
+        if self.archive.find(CheckpointManifest.kind, 0, 0, key) is None:
+            self._sign(checkpoint_manifest(spec, 0, bytes.fromhex(spec.checkpoint), parent_of_first(spec)))
 
     def present(self, event: NodeReady) -> None:
         """A node is here: if it says nothing else, this is noted together with others'."""
@@ -394,6 +402,7 @@ class Entry:
         row.manifest, row.root, row.sealed_ms = manifest.hash, manifest.root, self.now_ms
         self._books.earn(self.archive.stored(RoundPlan, row.plan), self._contributions(row), cause)
         self._books.settle(cause)
+        self._sign(checkpoint_manifest(self._office.spec, effect.round + 1, effect.root, effect.base))
         self.topics.add(f"manifest:{effect.round}")
 
     def _reveal(self, effect: RevealBeacon) -> None:

@@ -26,6 +26,7 @@ from swarm_protocol.draw import chain_end
 from swarm_protocol.errors import ConfigurationError, InvalidDataError
 from swarm_protocol.files import write_atomic
 from swarm_protocol.identity import Identity
+from swarm_protocol.layout import layout
 from swarm_protocol.parts import suggested_parts
 from swarm_protocol.spec import AuditSpec, DataSpec, ExchangeSpec, RunConfig, RunSpec
 from swarm_protocol.tolerances import Tolerances
@@ -119,6 +120,8 @@ def _build(directory: RunDirectory, options: Options) -> RunSpec:
         rounds=config.rounds,
         audit=audit,
     )
+    document = layout(spec)
+    store.put(content_hash(document), document)
     write_atomic(directory.spec_file, spec.encode())
     return spec
 

@@ -285,6 +285,7 @@ class Journal:
 
         def change(entry: Entry) -> None:
             recovery.end(entry.archive.session, now_ms)
+            entry.begin()
             entry.apply(Resumed(now_ms - self._alive_ms))
 
         topics = self._alone(change, now_ms)
@@ -352,6 +353,8 @@ class Journal:
             until_ms = now_ms + self.state.policy.presence_ms
             owner = bytes.fromhex(self.spec.coordinator)
             self._recovery = Recovery.begin(session, run, owner, self.log, until_ms)
+        if self._recovery is None:
+            self._alone(lambda entry: entry.begin(), now_ms)
         if away_ms and self._recovery is None:
             self._alone(lambda entry: entry.apply(Resumed(away_ms)), now_ms)
 

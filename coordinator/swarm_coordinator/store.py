@@ -7,6 +7,7 @@ that `swarm_protocol.data.Dataset` maps. Objects are whole or not there; several
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -70,10 +71,7 @@ class Store:
 
     def size_bytes(self, digest: bytes) -> int | None:
         """The size of a blob, or None if it is not there."""
-        try:
-            return int(obstore.head(self._store, _chunk_path(digest))["size"])
-        except FileNotFoundError:
-            return None
+        return self._size_bytes(_chunk_path(digest))
 
     def put_state(self, *buffers: Buffer) -> StateManifest:
         """Store a checkpoint: its chunks first, then its manifest, so that a manifest promises its chunks."""
@@ -90,6 +88,16 @@ class Store:
     def get_checkpoint(self, root: bytes) -> bytes | None:
         """The encoded `StateManifest` of a checkpoint, or None if it is not there."""
         return self._get(_checkpoint_path(root))
+
+    def whole(self, roots: Iterable[bytes]) -> set[bytes]:
+        """Which of these checkpoints have their manifest here."""
+        return {root for root in roots if self._size_bytes(_checkpoint_path(root)) is not None}
+
+    def _size_bytes(self, path: str) -> int | None:
+        try:
+            return int(obstore.head(self._store, path)["size"])
+        except FileNotFoundError:
+            return None
 
     def _get(self, path: str) -> bytes | None:
         try:

@@ -1,5 +1,6 @@
 """The checkpoint that a node holds: loaded from its disk, or fetched, every chunk verified, and kept for the next start.
 
+A node that missed rounds takes their averages, or a checkpoint whole, whichever is fewer bytes. Others may ask for ours.
 Nothing here waits for a coordinator that is away: whoever calls repeats what raised `UnreachableError`.
 """
 
@@ -8,8 +9,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+from swarm_node.evidence import Evidence
 from swarm_node.folder import RunFolder
 from swarm_protocol import fetch
+from swarm_protocol.catching_up import CatchUp
 from swarm_protocol.checkpoint import Checkpoint
 from swarm_protocol.client import CoordinatorClient
 from swarm_protocol.peers import PeerPlane
@@ -23,6 +26,7 @@ class CheckpointKeeper:
         client: CoordinatorClient,
         plane: PeerPlane,
         folder: RunFolder,
+        evidence: Evidence,
         *,
         say: Callable[[str], None],
         fetching: Callable[[int], None],
@@ -30,6 +34,8 @@ class CheckpointKeeper:
         self._client = client
         self._plane = plane
         self._folder = folder
+        self._evidence = evidence
+        self._catching_up = CatchUp(client, plane, whole=self.fetch, find=evidence.find)
         self._say = say
         self._fetching = fetching
         self.current: Checkpoint | None = None
@@ -37,6 +43,7 @@ class CheckpointKeeper:
     async def restore(self) -> None:
         """Hold what an earlier process left on disk, if it is whole."""
         self.current = await asyncio.to_thread(self._folder.load_checkpoint)
+        self._serve()
 
     async def catch_up(self) -> Checkpoint:
         """Hold the newest sealed checkpoint.
@@ -48,9 +55,10 @@ class CheckpointKeeper:
         held = self.current
         if held is None or held.round < round_number or (held.round == round_number and held.root != root):
             self._fetching(round_number)
-            held = await self.fetch(round_number, root)
+            held = await self._catching_up.checkpoint(round_number, root, held)
             await self.hold(held)
-            self._say(f"Fetched checkpoint {round_number} ({root.hex()[:12]}), every chunk verified.")
+            how = self._catching_up.how
+            self._say(f"Fetched checkpoint {round_number} ({root.hex()[:12]}), every chunk verified: {how}.")
         return held
 
     async def fetch(self, round_number: int, root: bytes) -> Checkpoint:
@@ -65,3 +73,8 @@ class CheckpointKeeper:
         """Keep this one from now on, on disk as well."""
         await asyncio.to_thread(self._folder.save_checkpoint, checkpoint)
         self.current = checkpoint
+        self._serve()
+
+    def _serve(self) -> None:
+        if self.current is not None:
+            self._evidence.hold(self.current.manifest, self._folder.checkpoint_path(self.current.root))

@@ -1,9 +1,9 @@
 """What a node serves to others: evidence of its contributions, encoded parts and averages, each by its hash.
 
 trace {round}    the state roots behind the trace root of our commitment
-state {root}     the chunk hashes behind a state root
-get   {hash}     a chunk of a state, an encoded part (ours, or one that we reduced), an average or sketches of a round;
-              an average that we made comes with our part record, in the answer's header as `record`
+state {root}     the chunk hashes behind a state root, the newest checkpoint's as well
+get   {hash}     a chunk of a state, an encoded part (ours, or one that we reduced), an average or sketches of a round, a
+              shard of the data; an average that we made comes with our part record, in the answer's header as `record`
 """
 
 from __future__ import annotations
@@ -23,10 +23,13 @@ from swarm_protocol.calls import Answer, Bytes, Call, Handler
 from swarm_protocol.chunks import CHUNK_BYTES, StateManifest, content_hash
 from swarm_protocol.errors import RefusedError
 from swarm_protocol.files import write_atomic
+from swarm_protocol.merkle import DIGEST_BYTES
 from swarm_protocol.records import Envelope, PartRecord
 from swarm_protocol.spec import RunSpec
 
 HELD_BYTES = 128 << 20
+CHECKPOINT = -1
+"""Under what the newest checkpoint is indexed, which belongs to no round's evidence."""
 
 
 def is_wanted(detail: dict[str, Any], peer: str) -> bool:
@@ -77,11 +80,12 @@ class Evidence:
     """An index of everything on disk that others may ask for.
 
     What is passed on in an exchange is held in memory, up to `held_bytes` in all, and written when there is time for it,
-    as is what was borrowed: call `write` before its lender changes it.
+    as is what was borrowed: call `write` before its lender changes it. Files in the folder `shards` are named by their hash.
     """
 
-    def __init__(self, faults: Faults = NONE, *, held_bytes: int = HELD_BYTES) -> None:
+    def __init__(self, faults: Faults = NONE, *, held_bytes: int = HELD_BYTES, shards: Path | None = None) -> None:
         self._faults = faults
+        self._shards = shards
         self._room_bytes = held_bytes
         self._lock = threading.Lock()
         self._pieces: dict[int, dict[bytes, _Piece]] = {}
@@ -116,6 +120,14 @@ class Evidence:
             path = contribution.part_path(part)
             pieces[digest] = _Piece(path, 0, path.stat().st_size)
         self._traces[round_number] = contribution.state_roots
+
+    def hold(self, checkpoint: StateManifest, path: Path) -> None:
+        """Serve a checkpoint that lies in this file, instead of the one before."""
+        self._pieces[CHECKPOINT] = {
+            digest: _Piece(path, index * CHUNK_BYTES, checkpoint.chunk_size(index))
+            for index, digest in enumerate(checkpoint.hashes)
+        }
+        self._states[CHECKPOINT] = {checkpoint.root: checkpoint}
 
     def add_piece(self, round_number: int, digest: bytes, path: Path) -> None:
         """Serve a file by its hash for as long as that round is kept."""
@@ -202,7 +214,7 @@ class Evidence:
     async def _get(self, call: Call) -> Answer:
         digest = call.header["hash"]
         try:
-            data = await asyncio.to_thread(self.find, digest) if isinstance(digest, bytes) else None
+            data = await asyncio.to_thread(self._anything, digest) if isinstance(digest, bytes) else None
         except OSError as error:
             raise RefusedError("it is no longer kept here") from error
         if data is None:
@@ -212,6 +224,13 @@ class Evidence:
         if self._is_average(digest):
             data = self._faults.tamper(Point.SERVING, max(self._pieces), data)
         return Answer(header, data)
+
+    def _anything(self, digest: bytes) -> Bytes | None:
+        found = self.find(digest)
+        if found is not None or self._shards is None or len(digest) != DIGEST_BYTES:
+            return found
+        path = self._shards / digest.hex()
+        return path.read_bytes() if path.exists() else None
 
     def _is_average(self, digest: bytes) -> bool:
         found = [pieces[digest] for pieces in self._pieces.values() if digest in pieces]

@@ -128,10 +128,14 @@ class RunFolder:
         for number in rounds:
             shutil.rmtree(self.root / f"round-{number}", ignore_errors=True)
 
+    def checkpoint_path(self, root: bytes) -> Path:
+        """Where the checkpoint with this root lies, if it is here."""
+        return self.root / f"checkpoint-{root.hex()}"
+
     def save_checkpoint(self, checkpoint: Checkpoint) -> None:
         # The state first, under its own name: a crash before the pointer moves leaves the older pair whole.
         name = checkpoint.root.hex()
-        write_atomic(self.root / f"checkpoint-{name}", *checkpoint.buffers)
+        write_atomic(self.checkpoint_path(checkpoint.root), *checkpoint.buffers)
         write_atomic(self.root / "checkpoint.json", json.dumps({"round": checkpoint.round, "root": name}).encode())
         for path in self.root.glob("checkpoint-*"):
             if path.name != f"checkpoint-{name}":

@@ -38,6 +38,7 @@ from swarm_protocol.client import Commitments, CoordinatorClient, SealedRound
 from swarm_protocol.errors import InvalidDataError, RefusedError, SwarmError, UnreachableError
 from swarm_protocol.fingerprint import fingerprint_hash, runtime_fingerprint
 from swarm_protocol.http import persist
+from swarm_protocol.layout import require_same
 from swarm_protocol.peers import ADDRESS_TTL_S, PeerPlane
 from swarm_protocol.records import Addresses, Commitment, Envelope, NonceOpening, Ready, Record, Registration, RoundPlan
 from swarm_protocol.signing import SigningLedger
@@ -85,12 +86,17 @@ class Volunteer:
         self._key = ledger.identity.public_key
         self._fingerprint = runtime_fingerprint(device, threads)
         self._faults = Faults((*faults.planned, *conduct.faults.planned))
-        self._evidence = Evidence(self._faults)
+        self._evidence = Evidence(self._faults, shards=self._run_folder.shards)
         self._measured = Measured()
         self._vector = np.empty(client.spec.num_trainable, np.float32)
         self._desk = ExchangeDesk()
         self._keeper = CheckpointKeeper(
-            client, plane, self._run_folder, say=say, fetching=partial(self._tell, "fetching the checkpoint")
+            client,
+            plane,
+            self._run_folder,
+            self._evidence,
+            say=say,
+            fetching=partial(self._tell, "fetching the checkpoint"),
         )
         self._stopping = asyncio.Event()
         self._trunk: fetch.Float32 | None = None
@@ -365,6 +371,11 @@ class Volunteer:
         except (UnreachableError, RefusedError, InvalidDataError) as error:
             following, reason = None, str(error)
         if following is not None and following.root == sealed.manifest.root:
+            try:
+                require_same(self._spec, sealed.checkpoint, following.root, checkpoint.root)
+            except InvalidDataError as error:
+                log.error("round %d: %s", plan.round, error)
+                self._say(f"Round {plan.round}: {error}.")
             missing = sealed.manifest.parts.count(None)
             note = f", {missing} of {len(sealed.manifest.parts)} parts missing" if missing else ""
             self._say(f"Round {plan.round}: sealed, checkpoint {following.root.hex()[:12]}{note}.")

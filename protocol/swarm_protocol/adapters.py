@@ -22,39 +22,13 @@ from torch import Tensor
 from swarm_protocol.errors import InvalidDataError
 from swarm_protocol.model import llama
 from swarm_protocol.model.llama import Shapes
+from swarm_protocol.model.shapes import adapted_matrices as adapted_matrices
+from swarm_protocol.model.shapes import trainable_shapes as trainable_shapes
 from swarm_protocol.spec import ModelSpec, RunSpec, TrainableSpec
 
 Float32 = npt.NDArray[np.float32]
 
 _COPIED_ELEMENTS = 1 << 22
-
-
-def adapted_matrices(model: ModelSpec, trainable: TrainableSpec) -> list[str]:
-    """Names of the matrices that have adapters, without `.weight`, in canonical order; none unless the kind is `lora`."""
-    if trainable.kind != "lora":
-        return []
-    names = (name.removesuffix(".weight") for name in llama.parameter_shapes(model))
-    return [name for name in names if name.rpartition(".")[2] in trainable.targets]
-
-
-def trainable_shapes(model: ModelSpec, trainable: TrainableSpec) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that is trained, in canonical order: the layout of the trained vector.
-
-    Adapters have peft's names without its prefix `base_model.model.`; A is [r, inputs] and B is [outputs, r].
-    """
-    shapes = llama.parameter_shapes(model)
-    match trainable.kind:
-        case "all":
-            return shapes
-        case "norms":
-            return {name: shape for name, shape in shapes.items() if len(shape) == 1}
-        case "lora":
-            found: dict[str, tuple[int, ...]] = {}
-            for name in adapted_matrices(model, trainable):
-                outputs, inputs = shapes[f"{name}.weight"]
-                found[f"{name}.lora_A.weight"] = (trainable.r, inputs)
-                found[f"{name}.lora_B.weight"] = (outputs, trainable.r)
-            return found
 
 
 def initial(model: ModelSpec, trainable: TrainableSpec, seed: int, trunk: Float32) -> Float32:

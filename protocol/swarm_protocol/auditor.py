@@ -97,7 +97,7 @@ class Auditor:
         self._folder = folder
         self._device = device
         self._fingerprint = fingerprint_hash(runtime_fingerprint(device, threads))
-        self._subjects = Subjects(client, folder)
+        self._subjects = Subjects(client, folder, plane)
         self._reductions = Reductions(client, plane)
         self._first_seen: dict[Name, float] = {}
         self._under_way: set[Name] = set()

@@ -32,6 +32,7 @@ from swarm_protocol.records import (
     MAX_RECORD_BYTES,
     Appointment,
     BeaconReveal,
+    CheckpointManifest,
     Commitment,
     CommitmentSet,
     Envelope,
@@ -76,11 +77,20 @@ class CountedSketches:
 
 
 class SealedRound:
-    """A round's manifest and the part records that it names, by their hash, with their reducers' keys."""
+    """A round's manifest and the part records that it names, by their hash, with their reducers' keys.
 
-    def __init__(self, manifest: RoundManifest, part_records: dict[bytes, tuple[PartRecord, bytes]]) -> None:
+    `checkpoint` is what the coordinator signed of the checkpoint that the next round starts from.
+    """
+
+    def __init__(
+        self,
+        manifest: RoundManifest,
+        part_records: dict[bytes, tuple[PartRecord, bytes]],
+        checkpoint: CheckpointManifest,
+    ) -> None:
         self.manifest = manifest
         self.part_records = part_records
+        self.checkpoint = checkpoint
 
 
 class CoordinatorClient:
@@ -281,7 +291,7 @@ class CoordinatorClient:
         raw = await self._poll(f"/rounds/{plan.round}/manifest", wait_s, MAX_LIST_BYTES)
         if raw is None:
             return None
-        first, *rest = _not_empty(raw)
+        first, *more = _not_empty(raw)
         manifest = first.open_as(RoundManifest, run=self.spec.run_id, round=plan.round, key=self._owner)
         self._keep(first, manifest)
         if manifest.plan != plan.hash or manifest.base != plan.base:
@@ -290,9 +300,12 @@ class CoordinatorClient:
             raise InvalidDataError(
                 f"a manifest of {len(manifest.parts)} parts where the run has {part_count(self.spec)}"
             )
+        if not more:
+            raise InvalidDataError("a manifest without that of the checkpoint that it leads to")
+        checkpoint = more[0].open_as(CheckpointManifest, run=self.spec.run_id, round=plan.round + 1, key=self._owner)
         reducers = {seat.peer for seat in plan.roster if seat.reducer}
         found: dict[bytes, tuple[PartRecord, bytes]] = {}
-        for envelope in rest:
+        for envelope in more[1:]:
             record = envelope.open_as(PartRecord, run=self.spec.run_id, round=plan.round)
             if envelope.key not in reducers:
                 raise InvalidDataError("a part record whose signer is no reducer of the round")
@@ -300,7 +313,7 @@ class CoordinatorClient:
         for part, name in enumerate(manifest.parts):
             if name is not None and (name not in found or found[name][0].part != part):
                 raise InvalidDataError(f"the manifest names a record for part {part} that is not there")
-        return SealedRound(manifest, found)
+        return SealedRound(manifest, found, checkpoint)
 
     async def beacon(self, round_number: int, *, wait_s: float = 0.0) -> BeaconReveal | None:
         """The beacon value of a round, once it is revealed."""

@@ -5,12 +5,14 @@ Claims of a contribution that was rejected come from the archive as well.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from swarm_protocol import aggregate, audit, evidence, fetch, training
 from swarm_protocol.audit import Claims, Subject
+from swarm_protocol.catching_up import CatchUp
 from swarm_protocol.checkpoint import Checkpoint
 from swarm_protocol.chunks import CHUNK_BYTES, StateManifest, content_hash, manifest_of
 from swarm_protocol.client import CoordinatorClient
@@ -32,14 +34,15 @@ class UnfitError(InvalidDataError):
 
 
 class Subjects:
-    """Contributions of one run; the newest checkpoint that was asked for is kept, since a round's begin from one.
-
-    The trunk, where the run has one, is kept in `folder`.
+    """Contributions of one run; the newest checkpoint that was asked for is kept, since a round's begin from one, and the
+    next round's is a delta away. The trunk, where the run has one, is kept in `folder`.
     """
 
-    def __init__(self, client: CoordinatorClient, folder: Path) -> None:
+    def __init__(self, client: CoordinatorClient, folder: Path, plane: PeerPlane | None = None) -> None:
         self._client = client
         self._folder = folder
+        self._catching_up = CatchUp(client, plane)
+        self._fetching = asyncio.Lock()
         self._trunk: Float32 | None = None
         self._base: Checkpoint | None = None
 
@@ -58,11 +61,12 @@ class Subjects:
         commitment = envelope.open_as(Commitment, run=self._client.spec.run_id, round=round_number, key=holder)
         if commitment.plan != plan.hash or commitment.slot != slot:
             raise InvalidDataError("the commitment is for another plan or slot")
-        base = self._base
-        if base is None or base.root != plan.base:
-            self._base = base = await fetch.checkpoint(self._client, round_number, plan.base)
-        if self._trunk is None:
-            self._trunk = await fetch.trunk(self._client, self._folder)
+        async with self._fetching:
+            base = self._base
+            if base is None or base.root != plan.base:
+                self._base = base = await self._catching_up.checkpoint(round_number, plan.base, base)
+            if self._trunk is None:
+                self._trunk = await fetch.trunk(self._client, self._folder)
         sketches = await self._sketches(plan, slot)
         return Subject(self._client.spec, plan, slot, commitment, base.parameters, sketches, self._trunk)
 

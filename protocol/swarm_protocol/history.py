@@ -13,6 +13,7 @@ from dataclasses import replace
 from swarm_protocol.equivocation import proved_by
 from swarm_protocol.errors import InvalidDataError, SignatureError
 from swarm_protocol.identity import peer_id
+from swarm_protocol.layout import checkpoint_manifest, parent_of_first
 from swarm_protocol.ledger_history import LedgerHistory
 from swarm_protocol.log import Log, leaf_hash
 from swarm_protocol.policy import Account, acceptances_needed, reduction_ruling, resolve, ruling
@@ -20,6 +21,7 @@ from swarm_protocol.records import (
     Appointment,
     Ban,
     BeaconReveal,
+    CheckpointManifest,
     Commitment,
     CommitmentSet,
     CreditStatement,
@@ -43,22 +45,23 @@ from swarm_protocol.round_history import Drawn, Moot, Round
 from swarm_protocol.spec import RunSpec
 
 COORDINATORS = (
-    Appointment, RoundPlan, CommitmentSet, RoundManifest, BeaconReveal, CreditStatement, Ban, RunEnd,
+    Appointment, RoundPlan, CommitmentSet, RoundManifest, CheckpointManifest, BeaconReveal, CreditStatement, Ban, RunEnd,
 )  # fmt: skip
 """What the coordinator alone may sign."""
 
-DRIVING = (RoundPlan, CommitmentSet, RoundManifest, BeaconReveal)
+DRIVING = (RoundPlan, CommitmentSet, RoundManifest, CheckpointManifest, BeaconReveal)
 """What comes no more once the run has ended."""
 
 
 class History:
     """`add` the log's records in order. `rounds` are those planned so far, `accounts` those of the registered identities,
-    `ledger` is their credit."""
+    `ledger` is their credit, `checkpoints` the chain of manifests, the first for round 0."""
 
     def __init__(self, spec: RunSpec) -> None:
         self.spec = spec
         self.log = Log()
         self.rounds: list[Round] = []
+        self.checkpoints: list[CheckpointManifest] = []
         self.accounts: dict[bytes, Account] = {}
         self.ledger = LedgerHistory(spec)
         self._coordinator = bytes.fromhex(spec.coordinator)
@@ -133,6 +136,8 @@ class History:
                 found = self._round(record)
                 found.seal(record)
                 self.ledger.seal(found, record, self._stands)
+            case CheckpointManifest():
+                self._checkpoint(record)
             case BeaconReveal():
                 found = self._round(record)
                 found.draw(record, self._stands)
@@ -146,6 +151,23 @@ class History:
                 if self.rounds and self.rounds[-1].manifest is not None and self.rounds[-1].reveal is None:
                     raise InvalidDataError(f"the run's end comes before the draw of round {len(self.rounds) - 1}")
                 self.ledger.end(record)
+
+    def _checkpoint(self, said: CheckpointManifest) -> None:
+        """The chain of checkpoints goes on as the rounds do: each is what its round's manifest says, made from its base."""
+        number = len(self.checkpoints)
+        sealed = self.rounds[number - 1].manifest if 0 < number <= len(self.rounds) else None
+        if said.round != number or (number and sealed is None):
+            raise InvalidDataError(f"the manifest of checkpoint {said.round} where none is due")
+        if sealed is None:
+            root, parent = bytes.fromhex(self.spec.checkpoint), parent_of_first(self.spec)
+        else:
+            root, parent = sealed.root, self.checkpoints[-1].root
+        if said != checkpoint_manifest(self.spec, number, root, parent):
+            raise InvalidDataError(
+                f"the manifest of checkpoint {number} is not that of {root.hex()[:12]}, made from "
+                f"{'nothing' if parent is None else parent.hex()[:12]}, with the layout of this run"
+            )
+        self.checkpoints.append(said)
 
     def _plan(self, plan: RoundPlan) -> None:
         previous = self.rounds[-1] if self.rounds else None
@@ -163,6 +185,8 @@ class History:
             )
         if (plan.base, plan.previous_beacon) != (base, beacon):
             raise InvalidDataError(f"the plan of round {plan.round} goes on from another checkpoint or beacon value")
+        if len(self.checkpoints) != plan.round + 1:
+            raise InvalidDataError(f"the plan of round {plan.round} without the manifest of its checkpoint before it")
         vouched = tuple(self.account(seat.peer).vouched_tokens for seat in plan.roster)
         self.rounds.append(Round(self.spec, plan, vouched))
 

@@ -13,6 +13,7 @@ import pytest
 from swarm_protocol import draw, encoding
 from swarm_protocol.chunks import StateManifest
 from swarm_protocol.identity import Identity
+from swarm_protocol.layout import checkpoint_manifest
 from swarm_protocol.log import Log, leaf_hash
 from swarm_protocol.records import (
     Addresses,
@@ -56,10 +57,12 @@ def test_a_round_goes_through_from_registration_to_verdicts(make_cast: MakeCast,
         assert (await api.get("/rounds/0/part-records?after=2&wait_s=30")).status_code == 204
 
         await api.accept(cast.report(plan, tuple(chosen), b"r" * 32))
-        signed, *named = await api.several("/rounds/0/manifest")
+        signed, following, *named = await api.several("/rounds/0/manifest")
         manifest = signed.open_as(RoundManifest, run=cast.run, key=bytes.fromhex(cast.spec.coordinator))
         assert (manifest.root, manifest.commitment_set) == (b"r" * 32, closing.hash)
         assert named == records
+        parent = bytes.fromhex(cast.spec.checkpoint)
+        assert following.open() == checkpoint_manifest(cast.spec, 1, b"r" * 32, parent)
         assert (await api.get("/checkpoints/latest")).json() == {"round": 1, "root": (b"r" * 32).hex()}
 
         await api.accept(*(cast.opening(plan, slot) for slot in range(2)))
@@ -140,7 +143,7 @@ def test_the_same_record_again_gets_the_same_receipt(make_cast: MakeCast, play: 
         first, again = await api.offer(envelope), await api.offer(envelope)
         assert (first.status_code, again.status_code) == (201, 200)
         assert first.json() == again.json()
-        assert first.json()["leaf"] == 3  # after three appointments
+        assert first.json()["leaf"] == 4  # after the first checkpoint and three appointments
 
     play(cast, script)
 

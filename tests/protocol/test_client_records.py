@@ -13,6 +13,7 @@ from swarm_protocol import encoding
 from swarm_protocol.client import Commitments, CoordinatorClient, SealedRound
 from swarm_protocol.errors import EncodingError, HashMismatchError, InvalidDataError, SignatureError
 from swarm_protocol.identity import Identity
+from swarm_protocol.layout import checkpoint_manifest
 from swarm_protocol.records import (
     BeaconReveal,
     Commitment,
@@ -260,15 +261,35 @@ FORGED_MANIFESTS = {
 }
 
 
-def read_manifest(served: list[Envelope]) -> SealedRound | None:
-    return answer("/rounds/4/manifest", encode_list(served), lambda client: client.manifest(PLAN))
+FOLLOWING = Envelope.sign(OWNER, checkpoint_manifest(SPEC, 5, bytes(32), PLAN.base))
+
+
+def read_manifest(served: list[Envelope], following: Envelope = FOLLOWING) -> SealedRound | None:
+    """What the client makes of these, with the manifest of the following checkpoint in the second place."""
+    raw = encode_list([*served[:1], following, *served[1:]] if served else [])
+    return answer("/rounds/4/manifest", raw, lambda client: client.manifest(PLAN))
 
 
 def test_a_manifest_names_its_part_records_and_their_reducers() -> None:
     sealed = read_manifest([manifest(FIRST, None), FIRST])
     assert sealed is not None
+    assert sealed.checkpoint == FOLLOWING.open()
     assert sealed.manifest == manifest(FIRST, None).open()
     assert sealed.part_records == {FIRST.open().hash: (FIRST.open(), ALICE.public_key)}
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        Envelope.sign(EVE, FOLLOWING.open()),
+        Envelope.sign(OWNER, checkpoint_manifest(SPEC, 4, bytes(32), PLAN.base)),
+        FIRST,
+    ],
+    ids=["by somebody else", "of another round", "none"],
+)
+def test_a_forged_manifest_of_the_checkpoint_is_refused(forged: Envelope) -> None:
+    with pytest.raises(InvalidDataError):
+        read_manifest([manifest(FIRST, None), FIRST], forged)
 
 
 @pytest.mark.parametrize("forged", FORGED_MANIFESTS.values(), ids=FORGED_MANIFESTS.keys())

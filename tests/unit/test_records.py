@@ -90,6 +90,14 @@ ONE_OF_EACH: dict[str, Record] = {
         ),
         records.PartReceipt(**NAME, commitment=digest("commitment"), part=5, slot=1, part_hash=digest("encoded part")),
         records.PartHeld(**NAME, part_record=digest("part record")),
+        records.CheckpointManifest(
+            **NAME,
+            parent=digest("base"),
+            root=digest("root"),
+            size_bytes=8 << 20,
+            chunk_bytes=1 << 20,
+            layout=digest("layout"),
+        ),
         records.CheckpointReport(**NAME, base=digest("base"), parts=(digest("part"), None), root=digest("root")),
         records.RoundManifest(
             **NAME,

@@ -155,6 +155,21 @@ class RoundPage(BaseModel):
     next: int | None = Field(description="`before` of the next page; null if this is the last one", examples=[17])
 
 
+class CheckpointEntry(BaseModel):
+    round: int = Field(description="the round that starts from it")
+    root: Hex
+    parent: Hex | None = Field(description="root of the checkpoint that it was made from; null if there is none")
+    manifest: Hex = Field(description="hash of the CheckpointManifest")
+    size_bytes: int = Field(description="of all of it")
+    whole: bool = Field(description="whether its chunks are kept here; else it is made from an older one")
+    delta_bytes: int | None = Field(description="of the averages that make it from its parent; null for the first")
+
+
+class CheckpointPage(BaseModel):
+    checkpoints: list[CheckpointEntry] = Field(description="newest first")
+    next: int | None = Field(description="`before` of the next page; null if this is the last one", examples=[17])
+
+
 class NodePage(BaseModel):
     nodes: list[NodeStatus] = Field(description="by key")
     next: Hex | None = Field(description="`after` of the next page; null if this is the last one")

@@ -22,10 +22,12 @@ from swarm_coordinator.api.access import (
     missing,
     unchanging,
 )
+from swarm_coordinator.api.checkpoints import checkpoint_round
 from swarm_coordinator.api.models import CheckpointName
 from swarm_coordinator.api.problems import documented, problem
 from swarm_coordinator.api.status import newest_checkpoint
 from swarm_coordinator.store import Store
+from swarm_protocol.errors import RefusedError
 
 PIECE_BYTES = 1 << 20
 
@@ -41,13 +43,17 @@ async def latest_checkpoint(run: TheRun) -> CheckpointName:
     router,
     "/checkpoints/{root}",
     summary="The chunk hashes of a checkpoint",
+    description="404 with the code `not-whole` for one that is no longer kept whole: it is made from an older one and the "
+    "averages of the rounds between (`/checkpoints`).",
     response_class=Response,
     responses=binary(OCTETS, "an encoded StateManifest, whose root is the one asked for", unchanging=True),
 )
 async def checkpoint(run: TheRun, root: Hash, if_none_match: IfNoneMatch = None) -> Response:
-    manifest = await asyncio.to_thread(run.store.get_checkpoint, bytes.fromhex(root))
+    name = bytes.fromhex(root)
+    manifest = await asyncio.to_thread(run.store.get_checkpoint, name)
     if manifest is None:
-        raise missing(f"checkpoint {root}")
+        number = await run.read(lambda archive: checkpoint_round(run.spec, archive, name))
+        raise missing(f"checkpoint {root}") if number is None else _not_whole(number, root)
     return unchanging(manifest, if_none_match, bytes.fromhex(root), OCTETS)
 
 
@@ -97,6 +103,15 @@ async def chunk(
     if request.method == "HEAD":
         return Response(None, status, headers, OCTETS)
     return StreamingResponse(_pieces(run.store, name, start, end), status, headers, OCTETS)
+
+
+def _not_whole(number: int, root: str) -> RefusedError:
+    return RefusedError(
+        f"checkpoint {number} ({root[:12]}) is not kept whole any more: make it from an older one and the averages of the "
+        "rounds between, see /checkpoints",
+        status=404,
+        code="not-whole",
+    )
 
 
 async def _pieces(store: Store, digest: bytes, start: int, end: int) -> AsyncIterator[bytes]:

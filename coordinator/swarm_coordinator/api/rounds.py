@@ -176,8 +176,8 @@ async def sealing(run: TheRun, number: RoundNumber, wait_s: Wait) -> Response:
     "/rounds/{number}/manifest",
     tags=["rounds"],
     summary="A round's manifest",
-    description="Waits until the round is sealed. The first is the RoundManifest, then come the PartRecords that it names, "
-    "each once, in part order.",
+    description="Waits until the round is sealed. The first is the RoundManifest, the second the CheckpointManifest of what "
+    "the next round starts from, then come the PartRecords that it names, each once, in part order.",
     response_class=Response,
     responses=binary(CBOR, "a list of encoded Envelopes", may_be_empty=True, unchanging=True),
 )
@@ -190,7 +190,10 @@ async def manifest(run: TheRun, number: RoundNumber, wait_s: Wait, if_none_match
             return None
         parts = encoding.decode(row.parts, max_bytes=len(row.parts))
         assert isinstance(parts, list)
-        return _list(archive, [row.manifest, *dict.fromkeys(name for name in parts if isinstance(name, bytes))])
+        following = archive.checkpoint(number + 1)
+        assert following is not None
+        named = dict.fromkeys(name for name in parts if isinstance(name, bytes))
+        return _list(archive, [row.manifest, following.hash, *named])
 
     return await polled_once(run, f"manifest:{number}", query, wait_s, if_none_match)
 

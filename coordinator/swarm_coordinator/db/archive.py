@@ -20,7 +20,17 @@ from swarm_coordinator.db.tables import (
     RoundRow,
     VerdictRow,
 )
-from swarm_protocol.records import Commitment, CreditStatement, Envelope, Outcome, Record, Role, RunEnd, parse
+from swarm_protocol.records import (
+    CheckpointManifest,
+    Commitment,
+    CreditStatement,
+    Envelope,
+    Outcome,
+    Record,
+    Role,
+    RunEnd,
+    parse,
+)
 
 R = TypeVar("R", bound=Record)
 T = TypeVar("T")
@@ -170,6 +180,26 @@ class Archive:
         """The newest sealed rounds, oldest first."""
         query = select(RoundRow).filter(RoundRow.run == self.run, RoundRow.root.is_not(None))
         return self.session.scalars(query.order_by(RoundRow.round.desc()).limit(limit)).all()[::-1]
+
+    def checkpoint(self, number: int) -> RecordRow | None:
+        """The CheckpointManifest of what a round starts from, once the round before is sealed."""
+        return self.session.scalar(
+            select(RecordRow).filter_by(run=self.run, kind=CheckpointManifest.kind, round=number, sequence=0)
+        )
+
+    def checkpoints(self, before: int | None, limit: int) -> list[CheckpointManifest]:
+        """The newest CheckpointManifests, or those of rounds before one, newest first."""
+        query = select(RecordRow).filter_by(run=self.run, kind=CheckpointManifest.kind)
+        if before is not None:
+            query = query.where(RecordRow.round < before)
+        found = [opened(row) for row in self.session.scalars(query.order_by(RecordRow.round.desc()).limit(limit))]
+        return [record for record in found if isinstance(record, CheckpointManifest)]
+
+    def round_of(self, root: bytes) -> int | None:
+        """The first round that starts from a checkpoint of the chain other than checkpoint 0, by its root."""
+        query = select(func.min(RoundRow.round)).where(RoundRow.run == self.run, RoundRow.root == root)
+        number = self.session.scalar(query)
+        return None if number is None else number + 1
 
     def audit(self, round_number: int, slot: int, part: int = CONTRIBUTION) -> AuditRow | None:
         """The audit of a slot's contribution, or of its average of a part."""

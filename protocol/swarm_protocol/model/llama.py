@@ -25,6 +25,7 @@ from torch.nn import functional as F  # noqa: N812  (the name everybody reads)
 
 from swarm_protocol import seeds
 from swarm_protocol.errors import InvalidDataError
+from swarm_protocol.model.shapes import parameter_shapes as parameter_shapes  # part of this module's surface
 from swarm_protocol.spec import ModelSpec
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -32,28 +33,6 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 _DRAW_ELEMENTS = 1 << 20
 """Initial weights are drawn in runs of this many elements, one counter each, so that no tensor's raw draws are held whole."""
-
-
-def parameter_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every parameter, in canonical order: the layout of the flat vector."""
-    d, f, v = spec.hidden_size, spec.intermediate_size, spec.vocab_size
-    kv = spec.num_key_value_heads * spec.head_dim
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (v, d)}
-    for index in range(spec.num_hidden_layers):
-        layer = f"model.layers.{index}"
-        shapes[f"{layer}.self_attn.q_proj.weight"] = (d, d)
-        shapes[f"{layer}.self_attn.k_proj.weight"] = (kv, d)
-        shapes[f"{layer}.self_attn.v_proj.weight"] = (kv, d)
-        shapes[f"{layer}.self_attn.o_proj.weight"] = (d, d)
-        shapes[f"{layer}.mlp.gate_proj.weight"] = (f, d)
-        shapes[f"{layer}.mlp.up_proj.weight"] = (f, d)
-        shapes[f"{layer}.mlp.down_proj.weight"] = (d, f)
-        shapes[f"{layer}.input_layernorm.weight"] = (d,)
-        shapes[f"{layer}.post_attention_layernorm.weight"] = (d,)
-    shapes["model.norm.weight"] = (d,)
-    if not spec.tie_word_embeddings:
-        shapes["lm_head.weight"] = (v, d)
-    return shapes
 
 
 def num_parameters(spec: ModelSpec) -> int:

@@ -42,6 +42,7 @@ from swarm_protocol.records.base import (
     SlotHash,
     record_hash,
 )
+from swarm_protocol.records.checkpoints import CheckpointManifest
 from swarm_protocol.records.envelope import Envelope, decode_list, encode_list, parse
 from swarm_protocol.records.kinds import KINDS
 from swarm_protocol.records.ledger import (
@@ -94,6 +95,7 @@ __all__ = [
     "Ban",
     "BeaconReveal",
     "Bytes32",
+    "CheckpointManifest",
     "CheckpointReport",
     "Commitment",
     "CommitmentSet",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from swarm_protocol.records.audits import BeaconReveal, Equivocation, Evidence, NonceOpening, PartVerdict, Verdict
 from swarm_protocol.records.base import Record
+from swarm_protocol.records.checkpoints import CheckpointManifest
 from swarm_protocol.records.ledger import Ban, CreditStatement, LogHead, Receipt, RunEnd
 from swarm_protocol.records.rounds import (
     Addresses,
@@ -27,5 +28,6 @@ KINDS: dict[str, type[Record]] = {
         Registration, Appointment, Addresses, Ready, RoundPlan, Commitment, CommitmentSet, Sketches, SketchObjection,
         SketchSet, PartRecord, PartReceipt, PartHeld, CheckpointReport, RoundManifest, NonceOpening, BeaconReveal, Evidence,
         Verdict, PartVerdict, Equivocation, Evaluation, Receipt, LogHead, Ban, RunEnd, CreditStatement,
+        CheckpointManifest,
     )
 }  # fmt: skip

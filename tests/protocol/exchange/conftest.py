@@ -24,6 +24,7 @@ from swarm_protocol.client import Commitments, CoordinatorClient, CountedSketche
 from swarm_protocol.errors import HashMismatchError, RefusedError
 from swarm_protocol.files import write_atomic
 from swarm_protocol.identity import Identity
+from swarm_protocol.layout import checkpoint_manifest
 from swarm_protocol.peers import Answer, Call, Handler, PeerPlane
 from swarm_protocol.records import (
     CommitmentSet,
@@ -404,7 +405,8 @@ class Round:
             base=bytes(32),
             root=bytes(32),
         )
-        return SealedRound(manifest, {record.hash: (record, key) for key, record in published.values()})
+        named = {record.hash: (record, key) for key, record in published.values()}
+        return SealedRound(manifest, named, checkpoint_manifest(self.spec, ROUND + 1, manifest.root, manifest.base))
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import ValidationError
 
+from swarm_protocol import tokenizing
 from swarm_protocol.errors import ConfigurationError
 from swarm_protocol.spec import ModelSpec, explain
 
@@ -127,6 +128,21 @@ def _differences(config: Mapping[str, Any]) -> Iterator[str]:
     for name in ("sliding_window", "quantization_config"):
         if config.get(name) is not None:
             yield f"{name} is set"
+
+
+def read_tokenizer(folder: Path) -> bytes | None:
+    """The `tokenizer.json` of a folder; None where that is the tokenizer `bytes`, as an export has it.
+
+    Raises:
+        ConfigurationError: there is none, or it is too large.
+    """
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        raise ConfigurationError(
+            f"{folder} has no tokenizer.json; load its tokenizer with AutoTokenizer and save it there with save_pretrained"
+        )
+    tokenizer = _json(path)
+    return None if tokenizer == json.loads(tokenizing.tokenizer_json()) else path.read_bytes()
 
 
 # Weights, out

@@ -27,11 +27,11 @@ from swarm_protocol.model import llama
 from swarm_protocol.spec import RunConfig, RunSpec
 
 T = TypeVar("T")
-AtRun = Callable[[Path, Callable[[str], T]], T]
+AtRun = Callable[[str, Callable[[str], T]], T]
 
 LINE = "All that is gold does not glitter, naïve café.\n"
 TOML = """
-name = "tiny <script> run"
+name = "tiny"
 [model]
 vocab_size = {vocab_size}
 hidden_size = 32
@@ -70,27 +70,30 @@ def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, tokenizer_file: Path) -> dict[str, Path]:
+    """Runs that nobody has joined: their directories by name."""
+    folder = tmp_path_factory.mktemp("runs")
+    corpus = folder / "corpus.txt"
+    corpus.write_text(LINE * 200)
+    kinds = {
+        "tied": {"tied": "true", "vocab_size": 256, "tokenizer": "bytes"},
+        "untied": {"tied": "false", "vocab_size": 256, "tokenizer": "bytes"},
+        "with a tokenizer": {"tied": "true", "vocab_size": 300, "tokenizer": tokenizer_file},
+    }
+    for name, settings in kinds.items():
+        config = RunConfig.from_toml(TOML.format(**settings))
+        initialise(NewRun(folder / name, config, [corpus], auditors=1))
+    return {name: folder / name for name in kinds}
+
+
 @pytest.fixture
-def new_run(tmp_path: Path) -> Callable[..., RunSpec]:
-    """Makes a run in `run`; its spec."""
-
-    def make(tokenizer: Path | str = "bytes", vocab_size: int = 256, tied: bool = True) -> RunSpec:
-        corpus = tmp_path / "corpus.txt"
-        corpus.write_text(LINE * 400)
-        toml = TOML.format(vocab_size=vocab_size, tokenizer=tokenizer, tied=str(tied).lower())
-        config = RunConfig.from_toml(toml.replace(" <script>", ""))
-        return initialise(NewRun(tmp_path / "run", config, [corpus], auditors=1))
-
-    return make
-
-
-@pytest.fixture
-def at_run(serving: Callable[..., AbstractAsyncContextManager[Any]]) -> AtRun[Any]:
+def at_run(runs: dict[str, Path], serving: Callable[..., AbstractAsyncContextManager[Any]]) -> AtRun[Any]:
     """Does something with the address of a run's coordinator, in another thread."""
 
-    def at(home: Path, work: Callable[[str], T]) -> T:
+    def at(name: str, work: Callable[[str], T]) -> T:
         async def run() -> T:
-            cast = SimpleNamespace(home=RunDirectory(home), clock=lambda: 1_800_000_000_000)
+            cast = SimpleNamespace(home=RunDirectory(runs[name]), clock=lambda: 1_800_000_000_000)
             async with serving(cast, listen=True) as api:
                 return await asyncio.to_thread(work, str(api.http.base_url))
 
@@ -101,11 +104,11 @@ def at_run(serving: Callable[..., AbstractAsyncContextManager[Any]]) -> AtRun[An
 
 @pytest.fixture
 def export(tmp_path: Path, at_run: AtRun[Download]) -> Callable[..., Download]:
-    """Exports the run in `run` to `model`."""
+    """Exports a run to a new folder below `tmp_path`."""
 
-    def take_home(name: str = "model", **options: Any) -> Download:
+    def take_home(run: str = "tied", name: str = "model", **options: Any) -> Download:
         return at_run(
-            tmp_path / "run",
+            run,
             lambda url: exporting.export(exporting.Options(url, tmp_path / name, tmp_path / "cache", **options)),
         )
 
@@ -151,12 +154,12 @@ def assert_same_model(theirs: Any, spec: RunSpec, parameters: Any) -> None:
     assert difference < TOLERANCE
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("run", ["tied", "untied"])
 def test_transformers_loads_the_model_with_our_bits_and_our_logits(
-    tied: bool, tmp_path: Path, new_run: Callable[..., RunSpec], export: Callable[..., Download]
+    run: str, tmp_path: Path, export: Callable[..., Download]
 ) -> None:
-    spec = new_run(tied=tied)
-    found = export()
+    found = export(run)
+    spec = found.spec
     assert Checkpoint.initial(found.checkpoint.parameters).root.hex() == spec.checkpoint
     assert_same_model(their_model(tmp_path / "model"), spec, found.checkpoint.parameters)
     assert sorted(path.name for path in (tmp_path / "model").iterdir()) == [
@@ -165,10 +168,7 @@ def test_transformers_loads_the_model_with_our_bits_and_our_logits(
     assert huggingface.read_config(tmp_path / "model") == spec.model
 
 
-def test_the_tokenizer_of_bytes_is_loaded_as_one(
-    tmp_path: Path, new_run: Callable[..., RunSpec], export: Callable[..., Download]
-) -> None:
-    new_run()
+def test_the_tokenizer_of_bytes_is_loaded_as_one(tmp_path: Path, export: Callable[..., Download]) -> None:
     export()
     theirs = their_tokenizer(tmp_path / "model")
     text = "naïve  'll\n\n Ā \x00 日本 \U0001f600 end "
@@ -177,12 +177,11 @@ def test_the_tokenizer_of_bytes_is_loaded_as_one(
 
 
 def test_a_tokenizer_file_is_taken_home_with_its_ends(
-    tmp_path: Path, tokenizer_file: Path, new_run: Callable[..., RunSpec], export: Callable[..., Download]
+    tmp_path: Path, tokenizer_file: Path, export: Callable[..., Download]
 ) -> None:
     from tokenizers import Tokenizer
 
-    new_run(tokenizer_file, vocab_size=300)
-    export()
+    export("with a tokenizer")
     assert (tmp_path / "model" / "tokenizer.json").read_bytes() == tokenizer_file.read_bytes()
     theirs, ours = their_tokenizer(tmp_path / "model"), Tokenizer.from_file(str(tokenizer_file))
     assert theirs(LINE)["input_ids"] == ours.encode(LINE).ids
@@ -192,75 +191,60 @@ def test_a_tokenizer_file_is_taken_home_with_its_ends(
     assert model.generation_config.eos_token_id == theirs.eos_token_id
 
 
-def test_large_weights_are_cut_into_shards_with_an_index(
-    tmp_path: Path, new_run: Callable[..., RunSpec], export: Callable[..., Download]
-) -> None:
-    spec = new_run()
+def test_large_weights_are_cut_into_shards_with_an_index(tmp_path: Path, export: Callable[..., Download]) -> None:
     found = export(shard_bytes=40_000)
     shards = sorted((tmp_path / "model").glob("model-*.safetensors"))
     assert len(shards) > 2
     assert all(path.stat().st_size < 44_000 for path in shards)
     index = json.loads((tmp_path / "model" / huggingface.INDEX).read_text())
-    assert index["metadata"]["total_size"] == 4 * spec.model.num_parameters
-    assert_same_model(their_model(tmp_path / "model"), spec, found.checkpoint.parameters)
+    assert index["metadata"]["total_size"] == 4 * found.spec.model.num_parameters
+    assert_same_model(their_model(tmp_path / "model"), found.spec, found.checkpoint.parameters)
 
 
-def test_the_weights_alone_are_float32_under_their_names(
-    tmp_path: Path, new_run: Callable[..., RunSpec], export: Callable[..., Download]
-) -> None:
+def test_the_weights_alone_are_float32_under_their_names(tmp_path: Path, export: Callable[..., Download]) -> None:
     from safetensors.numpy import load_file
 
-    spec = new_run()
     found = export(format="safetensors")
     assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["README.md", "model.safetensors"]
     tensors = load_file(tmp_path / "model" / "model.safetensors")
-    assert {name: tensor.shape for name, tensor in tensors.items()} == llama.parameter_shapes(spec.model)
+    assert {name: tensor.shape for name, tensor in tensors.items()} == llama.parameter_shapes(found.spec.model)
     assert sum(tensor.nbytes for tensor in tensors.values()) == found.checkpoint.parameters.nbytes
 
 
-def test_the_card_says_what_it_is_and_how_to_check_it(
-    tmp_path: Path, new_run: Callable[..., RunSpec], export: Callable[..., Download]
-) -> None:
-    spec = new_run()
-    export()
+def test_the_card_says_what_it_is_and_how_to_check_it(tmp_path: Path, export: Callable[..., Download]) -> None:
+    spec = export().spec
     card = (tmp_path / "model" / "README.md").read_text()
     for word in (spec.run_id.hex(), spec.checkpoint, spec.data.root, "swarm-node verify run http://", "round | 0 of 6"):
         assert word in card
 
 
 def test_nothing_is_left_of_an_export_that_fails(
-    tmp_path: Path,
-    new_run: Callable[..., RunSpec],
-    export: Callable[..., Download],
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, export: Callable[..., Download], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    new_run()
-
     def fail(*_: Any) -> str:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(exporting, "card", fail)
     with pytest.raises(ConfigurationError, match="No space left"):
         export()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "corpus.txt", "run"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache"]
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "mine").touch()
     with pytest.raises(ConfigurationError, match="not empty"):
         export()
     with pytest.raises(ConfigurationError, match="no checkpoint 1 yet"):
-        export("other", round=1)
+        export(name="other", round=1)
 
 
 def test_a_checkpoint_is_fetched_once_and_again_where_it_is_damaged(
-    tmp_path: Path, new_run: Callable[..., RunSpec], export: Callable[..., Download]
+    tmp_path: Path, export: Callable[..., Download]
 ) -> None:
-    spec = new_run()
-    assert [export(f"model-{number}").cached for number in range(2)] == [False, True]
-    (path,) = (tmp_path / "cache" / spec.run_id.hex()).glob("checkpoint-*")
+    assert [export(name=f"model-{number}").cached for number in range(2)] == [False, True]
+    (path,) = (tmp_path / "cache").glob("*/checkpoint-*")
     data = bytearray(path.read_bytes())
     data[1234] ^= 1
     path.write_bytes(data)
-    assert [export(f"model-{number}").cached for number in (3, 4)] == [False, True]
+    assert [export(name=f"model-{number}").cached for number in (3, 4)] == [False, True]
 
 
 def test_sizes_of_shards_are_read_as_people_write_them() -> None:
@@ -273,16 +257,13 @@ def test_sizes_of_shards_are_read_as_people_write_them() -> None:
 
 
 def test_the_model_writes_the_same_with_the_same_seed(
-    tmp_path: Path,
-    new_run: Callable[..., RunSpec],
-    at_run: AtRun[None],
-    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, runs: dict[str, Path], at_run: AtRun[None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    spec = new_run()
+    spec = RunDirectory(runs["tied"]).spec()
 
     def sample(**options: Any) -> str:
         wanted = {"prompt": "All that", "tokens": 30, "seed": 5} | options
-        at_run(tmp_path / "run", lambda url: writing.sample(writing.Options(url, cache=tmp_path / "cache", **wanted)))
+        at_run("tied", lambda url: writing.sample(writing.Options(url, cache=tmp_path / "cache", **wanted)))
         return capsys.readouterr().out
 
     shown = sample()

@@ -44,7 +44,16 @@ MANIFEST = "MANIFEST.json"
 MAX_MANIFEST_BYTES = 1 << 30
 PIECE_BYTES = 1 << 20
 
-_FILES = ("spec.cbor", "coordinator.toml", "coordinator.key", "worker.key", "beacon.seed", "token", "worker/peer-port")
+_FILES = (
+    "spec.cbor",
+    "ancestors.cbor",
+    "coordinator.toml",
+    "coordinator.key",
+    "worker.key",
+    "beacon.seed",
+    "token",
+    "worker/peer-port",
+)
 _PATTERNS = ("auditors/*.key", "auditors/*.appointed")
 _LEDGERS = ("worker/signed.db", "auditors/*/signed.db")
 

@@ -68,9 +68,19 @@ def init(
         str | None,
         typer.Option(help="Who may register: open, token, invite, allow-list.", show_default="token if one is given"),
     ] = None,
+    from_hf: Annotated[
+        Path | None, typer.Option(help="Start from this Hugging Face folder: config.json, safetensors, tokenizer.json.")
+    ] = None,
+    parent: Annotated[
+        str | None, typer.Option(help="Start from a checkpoint of another run: its address, or its directory.")
+    ] = None,
+    parent_round: Annotated[
+        int | None, typer.Option(min=0, help="Which: what this round starts from.", show_default="the newest")
+    ] = None,
 ) -> None:
     """Make a run: cut the corpus, draw checkpoint 0, make the keys, and seal it all under a run id."""
     from swarm_coordinator import init as making
+    from swarm_coordinator import origins
     from swarm_coordinator.config import CoordinatorConfig
     from swarm_protocol import corpus as corpora
     from swarm_protocol.errors import ConfigurationError
@@ -79,14 +89,22 @@ def init(
 
     if corpus and stdlib_corpus:
         raise ConfigurationError("--corpus and --stdlib-corpus exclude each other; give one of them")
+    if from_hf is not None and parent is not None:
+        raise ConfigurationError("--from-hf and --parent exclude each other; give one of them")
+    if parent_round is not None and parent is None:
+        raise ConfigurationError("--parent-round goes with --parent")
     config = RunConfig() if spec is None else RunConfig.from_toml(spec)
     serving = CoordinatorConfig().changed("database", url=database).changed("objects", url=objects)
     serving = serving.changed("admission", mode=admission or ("token" if token else "open"))
     if not corpus:
         typer.echo("The corpus is the source code of this Python's standard library.")
-    sealed = making.initialise(
-        making.Options(directory, config, corpus or corpora.stdlib_corpus(), token, auditors, tolerances, serving)
-    )
+    origin = None
+    if from_hf is not None:
+        origin = origins.from_hugging_face(from_hf)
+    elif parent is not None:
+        origin = origins.from_run(parent, parent_round)
+    texts = corpus or corpora.stdlib_corpus()
+    sealed = making.initialise(making.Options(directory, config, texts, token, auditors, tolerances, serving, origin))
     key = bytes.fromhex(sealed.coordinator)
     typer.echo(f"run          {sealed.name} {sealed.run_id.hex()}")
     typer.echo(f"coordinator  {peer_id(key)}")
@@ -94,6 +112,8 @@ def init(
     typer.echo(f"model        {sealed.model.num_parameters:,} parameters, {sealed.data.train_tokens:,} training tokens")
     if sealed.trainable.kind != "all":
         typer.echo(f"trained      {sealed.num_trainable:,} of them ({sealed.trainable.kind})")
+    if origin is not None:
+        typer.echo(f"starts from  {origin.where}")
     typer.echo(f"serve it     swarm-coordinator serve {directory}")
     invitation = f" --token {token}" if token else ""
     typer.echo(f"join it      swarm-node join http://127.0.0.1:8470{invitation} --trust {peer_id(key)}")

@@ -10,20 +10,21 @@ python -m swarm_coordinator.evaluating DIRECTORY: one request per line on stdin,
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from swarm_coordinator.run_directory import RunDirectory
 from swarm_coordinator.store import Store
-from swarm_protocol import adapters, data, training
+from swarm_protocol import adapters, data, sampling, training
 from swarm_protocol.checkpoint import Checkpoint
 from swarm_protocol.chunks import StateManifest, manifest_of
 from swarm_protocol.data import Dataset, DatasetManifest
@@ -32,6 +33,7 @@ from swarm_protocol.model import llama
 from swarm_protocol.processes import bound_to_parent
 from swarm_protocol.records import MAX_SAMPLE_CHARACTERS
 from swarm_protocol.spec import RunSpec
+from swarm_protocol.tokenizing import Tokenizer, harmless
 from swarm_protocol.training import Float32
 
 SAMPLE_EVERY = int(os.environ.get("SWARM_SAMPLE_EVERY", "10"))
@@ -178,15 +180,7 @@ def continuation(spec: RunSpec, parameters: Float32, prompt: Sequence[int], coun
     """`count` tokens after a prompt of at least one, each drawn at `TEMPERATURE` from the distribution of the full model."""
     model = llama.build(spec.model)
     llama.load_flat(model, parameters)
-    chance = np.random.default_rng(spec.seed)
-    tokens = list(prompt)
-    with training.deterministic(), torch.no_grad():
-        for _ in range(count):
-            window = torch.tensor([tokens[-spec.model.max_position_embeddings :]], dtype=torch.int64)
-            logits = model(window)[0, -1].double().numpy() / TEMPERATURE
-            weights = np.exp(logits - logits.max())
-            tokens.append(int(chance.choice(weights.size, p=weights / weights.sum())))
-    return tokens[len(prompt) :]
+    return list(islice(sampling.continuation(model, prompt, sampling.Draw(TEMPERATURE, seed=spec.seed)), count))
 
 
 def decoder(tokenizer: str, store: Store) -> Decode | None:
@@ -195,23 +189,15 @@ def decoder(tokenizer: str, store: Store) -> Decode | None:
     Args:
         tokenizer: `bytes`, or the hash of a tokenizer.json.
     """
-    if tokenizer == "bytes":
-        return lambda tokens: bytes(token for token in tokens if token < 256).decode(errors="replace")
-    blob = store.get(bytes.fromhex(tokenizer))
-    try:
-        from tokenizers import Tokenizer
-    except ImportError:
+    blob = None if tokenizer == "bytes" else store.get(bytes.fromhex(tokenizer))
+    if tokenizer != "bytes" and (blob is None or importlib.util.find_spec("tokenizers") is None):
         return None
-    if blob is None:
-        return None
-    decode: Decode = Tokenizer.from_str(blob.decode()).decode
-    return decode
+    return Tokenizer(blob).decode
 
 
 def printable(text: str) -> str:
     """The text as it may be stored and shown: no control characters but line ends and tabs, and not too long."""
-    shown = (letter if letter.isprintable() or letter in "\n\t" else "\ufffd" for letter in text)
-    return "".join(shown)[:MAX_SAMPLE_CHARACTERS]
+    return harmless(text)[:MAX_SAMPLE_CHARACTERS]
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +19,11 @@ import numpy.typing as npt
 
 from swarm_coordinator import config as configuration
 from swarm_coordinator.config import CoordinatorConfig
+from swarm_coordinator.origins import Origin
 from swarm_coordinator.run_directory import RunDirectory
 from swarm_coordinator.store import Store
+from swarm_protocol import ancestry
+from swarm_protocol.ancestry import Ancestor
 from swarm_protocol.chunks import content_hash
 from swarm_protocol.draw import chain_end
 from swarm_protocol.errors import ConfigurationError, InvalidDataError
@@ -36,7 +39,8 @@ from swarm_protocol.tolerances import Tolerances
 class Options:
     """`corpus` is files and folders; `auditors` is how many keys are made that may audit; `tolerances` a tolerance file.
 
-    `token` is what volunteers have to know to join; `serving` is written to `coordinator.toml`.
+    `token` is what volunteers have to know to join; `serving` is written to `coordinator.toml`; `origin` is the model that
+    the run starts from, instead of random weights.
     """
 
     directory: Path
@@ -46,14 +50,15 @@ class Options:
     auditors: int = 2
     tolerances: Path | None = None
     serving: CoordinatorConfig = field(default_factory=CoordinatorConfig)
+    origin: Origin | None = None
 
 
 def initialise(options: Options) -> RunSpec:
     """Make the directory of a new run.
 
     Raises:
-        ConfigurationError: the directory is in use, the corpus is too small, the tolerances are for another model, or the
-            disk is full.
+        ConfigurationError: the directory is in use, the config does not fit the origin, the corpus is too small, the
+            tolerances are for another model, or the disk is full.
     """
     target = options.directory.absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -64,7 +69,10 @@ def initialise(options: Options) -> RunSpec:
     except OSError as error:
         raise ConfigurationError(f"{target.parent} cannot be written: {error.strerror}") from error
     try:
-        spec = _build(RunDirectory(building), options)
+        with tempfile.TemporaryDirectory(prefix="swarm-init-") as scratch:
+            if options.origin is not None:
+                options = replace(options, config=options.origin.fit(options.config, Path(scratch)))
+            spec = _build(RunDirectory(building), options)
         os.sync()
         building.rename(target)
     except OSError as error:
@@ -106,6 +114,7 @@ def _build(directory: RunDirectory, options: Options) -> RunSpec:
         checkpoint=root.hex(),
         beacon=chain_end(seed, config.rounds.count).hex(),
         trunk=trunk,
+        parent=None if options.origin is None else options.origin.parent,
         model=config.model,
         trainable=config.trainable,
         data=DataSpec(
@@ -123,6 +132,8 @@ def _build(directory: RunDirectory, options: Options) -> RunSpec:
     document = layout(spec)
     store.put(content_hash(document), document)
     write_atomic(directory.spec_file, spec.encode())
+    if spec.parent is not None and options.origin is not None:
+        _keep_ancestors(directory, store, options.origin.ancestors)
     return spec
 
 
@@ -130,7 +141,16 @@ def base_parameters(config: RunConfig, options: Options) -> npt.NDArray[np.float
     """All parameters of the model that the run begins with, trained or not: float32[num_parameters]."""
     from swarm_protocol.model.llama import initial_parameters
 
+    if options.origin is not None:
+        return options.origin.parameters
     return initial_parameters(config.model, config.seed)
+
+
+def _keep_ancestors(directory: RunDirectory, store: Store, ancestors: Sequence[Ancestor]) -> None:
+    """Have the specs of the runs that this one comes from where they are served."""
+    write_atomic(directory.ancestors_file, ancestry.encode(ancestors))
+    for ancestor in ancestors:
+        store.put(content_hash(ancestor.spec), ancestor.spec)
 
 
 def _with_parts(config: RunConfig) -> ExchangeSpec:

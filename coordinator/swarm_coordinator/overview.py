@@ -10,26 +10,28 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from swarm_coordinator import owner
-from swarm_coordinator.api.status import run_status
+from swarm_coordinator.api.status import newest_checkpoint, run_status
 from swarm_coordinator.db.archive import Archive
 from swarm_coordinator.db.engine import open_database, shown
 from swarm_coordinator.journal import restored_state
 from swarm_coordinator.run_directory import RunDirectory
 from swarm_protocol.client import CoordinatorClient
+from swarm_protocol.errors import ConfigurationError
 from swarm_protocol.identity import Identity, peer_id
+from swarm_protocol.tokenizing import harmless
 
 MAX_LINES = 20
 
 
 def of_directory(home: RunDirectory) -> dict[str, Any]:
     """The run's status as the API says it, under `run`, and what only this machine knows of it."""
-    spec = home.spec()
+    spec, ancestors = home.spec(), home.ancestors()
     with owner.transaction(home):
         pass  # the database is there, and up to date
     engine = open_database(home.database_url())
     try:
         with Session(engine) as session:
-            status = run_status(spec, restored_state(session, spec), Archive(session, spec.run_id))
+            status = run_status(spec, restored_state(session, spec), Archive(session, spec.run_id), ancestors)
     finally:
         engine.dispose()
     return {
@@ -41,6 +43,27 @@ def of_directory(home: RunDirectory) -> dict[str, Any]:
         "directory_bytes": _size_bytes(home.root),
         "free_bytes": shutil.disk_usage(home.root).free,
     }
+
+
+def sealed_checkpoint(home: RunDirectory, round_number: int | None) -> tuple[int, bytes]:
+    """The newest checkpoint of a run, or the one that a round starts from: its number and its root.
+
+    Raises:
+        ConfigurationError: there is no run, or no such checkpoint yet.
+    """
+    spec = home.spec()
+    with owner.transaction(home) as (session, run):
+        archive = Archive(session, run)
+        newest = newest_checkpoint(spec, archive)
+        number = newest.round if round_number is None else round_number
+        row = archive.round(number - 1) if number else None
+        if number == 0:
+            return 0, bytes.fromhex(spec.checkpoint)
+        if row is None or row.root is None:
+            raise ConfigurationError(
+                f"{home.root} has checkpoints 0 to {newest.round}; there is no checkpoint {number} yet"
+            )
+        return number, row.root
 
 
 async def of_address(url: str) -> dict[str, Any]:
@@ -64,6 +87,11 @@ def page(found: dict[str, Any]) -> str:
         f"run          {run['name']} {run['run_id']}",
         f"coordinator  {'running' if found['served'] else 'not running'}",
         f"round        {run['round']} of {run['rounds']}, {doing}",
+        *(
+            f"{'parent' if one is run['ancestors'][0] else 'before that':<12} {harmless(one['name'])} {one['run_id']},"
+            f" checkpoint {one['round']}"
+            for one in run["ancestors"]
+        ),
         f"checkpoint   {run['checkpoint']['round']} {run['checkpoint']['root']}",
     ]
     if run["evaluations"]:

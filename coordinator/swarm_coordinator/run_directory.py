@@ -8,7 +8,9 @@ from pathlib import Path
 
 from swarm_coordinator import config as configuration
 from swarm_coordinator.config import CoordinatorConfig, Mode
-from swarm_protocol.errors import ConfigurationError
+from swarm_protocol import ancestry
+from swarm_protocol.ancestry import Ancestor
+from swarm_protocol.errors import ConfigurationError, InvalidDataError
 from swarm_protocol.files import write_atomic
 from swarm_protocol.identity import peer_id
 from swarm_protocol.spec import RunSpec
@@ -47,6 +49,10 @@ class RunDirectory:
     @property
     def database(self) -> Path:
         return self.root / "coordinator.db"
+
+    @property
+    def ancestors_file(self) -> Path:
+        return self.root / "ancestors.cbor"
 
     @property
     def config_file(self) -> Path:
@@ -115,6 +121,20 @@ class RunDirectory:
     def spec(self) -> RunSpec:
         """Raises `ConfigurationError` where there is no run."""
         return RunSpec.decode(self._read(self.spec_file))
+
+    def ancestors(self) -> tuple[Ancestor, ...]:
+        """The runs that this one comes from, nearest first, each checked by its id.
+
+        Raises:
+            ConfigurationError: there is no run, or the file is damaged.
+        """
+        spec = self.spec()
+        if spec.parent is None:
+            return ()
+        try:
+            return ancestry.of(spec, self._read(self.ancestors_file))
+        except InvalidDataError as error:
+            raise ConfigurationError(f"{self.ancestors_file} is damaged: {error}; restore it from a backup") from error
 
     def beacon_seed(self) -> bytes:
         """The 32 bytes that the beacon chain starts from. Secret until the last round."""

@@ -32,6 +32,7 @@ from swarm_coordinator.sharing import ANSWER_S, CAMPAIGN_S, INBOX, Sharing, answ
 from swarm_coordinator.sharing import topic as topic_of_answer
 from swarm_coordinator.store import Store
 from swarm_coordinator.topics import Event, Topics
+from swarm_protocol.ancestry import Ancestor
 from swarm_protocol.certificate import Certificate
 from swarm_protocol.errors import RefusedError, SwarmError
 from swarm_protocol.identity import Identity
@@ -59,8 +60,11 @@ def steady_clock() -> Callable[[], int]:
 class Service:
     """Open it with `open_service`."""
 
-    def __init__(self, journal: Journal, store: Store, clock: Callable[[], int]) -> None:
+    def __init__(
+        self, journal: Journal, store: Store, clock: Callable[[], int], ancestors: tuple[Ancestor, ...] = ()
+    ) -> None:
         self.store = store
+        self.ancestors = ancestors
         self._journal = journal
         self._clock = clock
         self._topics = Topics()
@@ -421,8 +425,9 @@ async def open_service(directory: RunDirectory, clock: Callable[[], int] | None 
     if directory.shared():
         shared = Sharing(open_database(directory.database_url()), directory.spec().run_id)
     leads = shared is None or shared.campaign()
+    ancestors = directory.ancestors()
     journal = (Journal if leads else Mirror).open(directory, clock())
-    service = Service(journal, Store(directory.objects_url()), clock)
+    service = Service(journal, Store(directory.objects_url()), clock, ancestors)
     sharing = None
     try:
         if shared is not None:

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from swarm_node import model_commands
 from swarm_node.cheats import Kind
 from swarm_protocol import PROTOCOL_VERSION, __version__, processes
 from swarm_protocol.errors import SwarmError
@@ -244,6 +245,9 @@ def verify_certificate(
 def version() -> None:
     """Print the version of the software and of the protocol."""
     typer.echo(f"swarm-node {__version__}, protocol {PROTOCOL_VERSION}")
+
+
+model_commands.register(app)
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from swarm_protocol import tokenizing
 from swarm_protocol.chunks import content_hash
 from swarm_protocol.data import MAX_MANIFEST_BYTES, DatasetManifest, Shard, count_windows, token_dtype
 from swarm_protocol.errors import ConfigurationError
@@ -30,7 +31,6 @@ from swarm_protocol.spec import DataConfig, ModelSpec
 
 _PIECE_BYTES = 1 << 20
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-_END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 
 
 @dataclass(frozen=True)
@@ -211,18 +211,12 @@ def _tokenizer(name: str, vocab_size: int) -> _Tokenizer:
 
 def _hugging_face(path: Path, vocab_size: int) -> _Tokenizer:
     try:
-        from tokenizers import Tokenizer
-    except ImportError as error:
-        raise ConfigurationError(
-            "data.tokenizer is a file, which needs the package tokenizers: pip install 'swarm-node[tokenizers]'"
-        ) from error
-    try:
         blob = path.read_bytes()
-        model = Tokenizer.from_str(blob.decode())
+        model = tokenizing.read(blob)
     except OSError as error:
         raise ConfigurationError(f"data.tokenizer {path} cannot be read: {error.strerror}") from error
-    except Exception as error:  # the package raises nothing narrower for a file that it cannot use
-        raise ConfigurationError(f"data.tokenizer {path} is no tokenizer.json: {error}") from error
+    except ConfigurationError as error:
+        raise ConfigurationError(f"data.tokenizer {path}: {error}") from error
     largest = max(model.get_vocab(with_added_tokens=True).values(), default=0)
     if largest >= vocab_size:
         raise ConfigurationError(
@@ -233,8 +227,8 @@ def _hugging_face(path: Path, vocab_size: int) -> _Tokenizer:
         text = piece.decode("utf-8", errors="replace")
         return np.array(model.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
 
-    ends = [token for token in map(model.token_to_id, _END_OF_TEXT) if token is not None]
-    separator = np.array(ends[:1], dtype=np.uint32) if ends else encode(b"\n\n")
+    end = tokenizing.end_of_text(model)
+    separator = encode(b"\n\n") if end is None else np.array([end], dtype=np.uint32)
     return _Tokenizer(content_hash(blob).hex(), separator, encode, blob)
 
 

@@ -1,10 +1,12 @@
-"""Files that are either whole or not there, whatever happens while they are written."""
+"""Files and folders that are either whole or not there, whatever happens while they are written."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,3 +47,42 @@ def newest(names: Iterable[str], prefix: str) -> list[int]:
     """The numbers of the names `prefix` + number, in falling order."""
     numbers = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
     return sorted((int(number) for number in numbers if number.isdigit()), reverse=True)
+
+
+@contextlib.contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder to fill; it becomes `target`, on disk, when the block ends well, and is gone when it does not.
+
+    Raises:
+        ConfigurationError: `target` is there already and not an empty folder, or it cannot be written.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigurationError(f"{target} exists and is not empty; choose another folder")
+    where = target.absolute()
+    try:
+        where.parent.mkdir(parents=True, exist_ok=True)
+        building = Path(tempfile.mkdtemp(prefix=f".{where.name}.", suffix=".tmp", dir=where.parent))
+    except OSError as error:
+        raise ConfigurationError(f"{where.parent} cannot be written: {error.strerror}") from error
+    try:
+        building.chmod(0o755)
+        yield building
+        for path in [*building.rglob("*"), building]:
+            _sync(path)
+        building.rename(where)
+        _sync(where.parent)
+    except OSError as error:
+        raise ConfigurationError(
+            f"{target} cannot be written: {error.strerror}. Free some space or choose another folder"
+        ) from error
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Have a file, or the names in a folder, on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

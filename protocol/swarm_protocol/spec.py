@@ -367,7 +367,7 @@ class RunSpec(_Section):
 
     @cached_property
     def run_id(self) -> bytes:
-        return blake3(self.encode(), derive_key_context="swarm-node 2026 run spec").digest()
+        return run_id_of(self.encode())
 
     @model_validator(mode="after")
     def _trunk_fits(self) -> Self:
@@ -394,6 +394,11 @@ class RunSpec(_Section):
     def standard_tokens(self) -> int:
         """Tokens of a contribution of full size: the unit in which audits count."""
         return self.training.steps * self.tokens_per_step
+
+
+def run_id_of(data: bytes) -> bytes:
+    """The id of the run whose encoded spec this is, 32 bytes."""
+    return blake3(data, derive_key_context="swarm-node 2026 run spec").digest()
 
 
 def explain(error: ValidationError, where: str) -> str:

@@ -101,12 +101,12 @@ class Run:
         self.swarm = Swarm(folder / "logs")
         self.nodes: dict[str, Child] = {}
         config = folder / "run.toml"
-        calibrated = settings.pop("calibrated", False)
+        calibrated, origin = settings.pop("calibrated", False), settings.pop("origin", [])
         config.write_text(RUN.format(**{**DEFAULTS, **settings}))
         tolerances = folder / "tolerances.json"
         if calibrated:
             self.owner("calibrate", str(config), "--quick", "--out", str(tolerances))
-        extra = ["--tolerances", str(tolerances)] if calibrated else []
+        extra = [*origin, *(["--tolerances", str(tolerances)] if calibrated else [])]
         self.owner("init", str(self.home), "--spec", str(config), "--corpus", str(corpus), *extra)
 
     def owner(self, *arguments: str) -> str:

@@ -122,6 +122,22 @@ class EquivocationSummary(BaseModel):
     report: Hex = Field(description="the signed report, which has both records")
 
 
+class AncestorSummary(BaseModel):
+    """A run that this one comes from."""
+
+    run_id: Hex
+    name: Name
+    round: int = Field(description="its checkpoint that the next one began with is the one that this round starts from")
+    root: Hex = Field(description="of that checkpoint")
+    spec: Hex = Field(description="names its encoded RunSpec under /chunks; the run id is a hash of it")
+
+
+class AncestorList(BaseModel):
+    ancestors: list[AncestorSummary] = Field(
+        description="nearest first; empty for a run that began with random weights"
+    )
+
+
 class RunStatus(BaseModel):
     run_id: Hex
     name: Name
@@ -140,6 +156,7 @@ class RunStatus(BaseModel):
     peers: list[str] = Field(description="multiaddrs of the peer plane's way in")
     checkpoint: CheckpointName = Field(description="the newest sealed one")
     parameters: int
+    ancestors: list[AncestorSummary] = Field(description="the runs that this one comes from, nearest first")
     registered: int = Field(description="how many identities ever registered; all of them are under /nodes")
     nodes: list[NodeStatus] = Field(description="the 500 that were heard of last, in the order of registration")
     history: list[RoundSummary] = Field(description="sealed rounds, oldest first; the newest 500")

@@ -17,9 +17,9 @@ from swarm_coordinator.api.access import (
     served,
     unchanging,
 )
-from swarm_coordinator.api.models import LogHead, LogProof, Peers, RunStatus, RunSummary
+from swarm_coordinator.api.models import AncestorList, LogHead, LogProof, Peers, RunStatus, RunSummary
 from swarm_coordinator.api.problems import documented
-from swarm_coordinator.api.status import run_status, run_summary, way_in
+from swarm_coordinator.api.status import ancestor_summaries, run_status, run_summary, way_in
 from swarm_coordinator.db.archive import Archive
 from swarm_coordinator.recovery import is_pending
 from swarm_protocol.records import Envelope, encode_list
@@ -40,7 +40,18 @@ async def runs(request: Request) -> list[RunSummary]:
 
 @router.get("/v1/runs/{run_id}", tags=["runs"], summary="Where a run is", responses=documented(404, 422))
 async def status(run: TheRun) -> RunStatus:
-    return await run.read(lambda archive: run_status(run.spec, run.state, archive))
+    return await run.read(lambda archive: run_status(run.spec, run.state, archive, run.ancestors))
+
+
+@router.get(
+    "/v1/runs/{run_id}/ancestors",
+    tags=["runs"],
+    summary="The runs that this one comes from",
+    description="Nearest first. Each spec names the run before it, so that the chain is checked by hashing.",
+    responses=documented(404, 422),
+)
+async def ancestors(run: TheRun) -> AncestorList:
+    return AncestorList(ancestors=ancestor_summaries(run.ancestors))
 
 
 @router.get(

@@ -9,6 +9,7 @@ from sqlalchemy import func, select
 
 from swarm_coordinator import evaluations, recovery
 from swarm_coordinator.api.models import (
+    AncestorSummary,
     AuditCounts,
     CheckpointName,
     Comparisons,
@@ -31,6 +32,8 @@ from swarm_coordinator.db.archive import Archive, opened
 from swarm_coordinator.db.tables import CONTRIBUTION, MOOT, AuditRow, EvaluationRow, NodeRow, RoundRow, VerdictRow
 from swarm_coordinator.rounds import State
 from swarm_protocol import encoding
+from swarm_protocol.ancestry import Ancestor
+from swarm_protocol.chunks import content_hash
 from swarm_protocol.identity import peer_id
 from swarm_protocol.policy import whose_turn
 from swarm_protocol.records import (
@@ -64,7 +67,7 @@ def run_summary(spec: RunSpec, state: State) -> RunSummary:
     )
 
 
-def run_status(spec: RunSpec, state: State, archive: Archive) -> RunStatus:
+def run_status(spec: RunSpec, state: State, archive: Archive, ancestors: Sequence[Ancestor] = ()) -> RunStatus:
     return RunStatus(
         run_id=spec.run_id.hex(),
         name=spec.name,
@@ -81,6 +84,7 @@ def run_status(spec: RunSpec, state: State, archive: Archive) -> RunStatus:
         peers=way_in(archive),
         checkpoint=newest_checkpoint(spec, archive),
         parameters=spec.model.num_parameters,
+        ancestors=ancestor_summaries(ancestors),
         registered=_registered(archive),
         nodes=_nodes(spec, archive),
         history=[round_summary(row, state.policy.parts) for row in archive.rounds(MAX_ITEMS)],
@@ -90,6 +94,20 @@ def run_status(spec: RunSpec, state: State, archive: Archive) -> RunStatus:
         rejected=_rejected(archive),
         equivocations=_equivocations(archive),
     )
+
+
+def ancestor_summaries(ancestors: Sequence[Ancestor]) -> list[AncestorSummary]:
+    """The runs that a run comes from, as people read of them."""
+    return [
+        AncestorSummary(
+            run_id=one.run.hex(),
+            name=one.name,
+            round=one.round,
+            root=one.root.hex(),
+            spec=content_hash(one.spec).hex(),
+        )
+        for one in ancestors
+    ]
 
 
 def newest_checkpoint(spec: RunSpec, archive: Archive) -> CheckpointName:

@@ -1,0 +1,106 @@
+"""Checkpoints that were downloaded to be used, not trained on: kept in a cache, checked each time they are read.
+
+    DIR/RUN/checkpoint-ROOT     a checkpoint's parameters and momentum
+    DIR/RUN/trunk-ROOT          the frozen parameters of a run that does not train all of its model
+    DIR/RUN/tokenizer-HASH      its tokenizer.json
+
+Everything in it can be fetched again, so it may be deleted at any time. The `KEPT` checkpoints of a run that were used
+last stay.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from swarm_protocol import fetch
+from swarm_protocol.checkpoint import Checkpoint
+from swarm_protocol.chunks import content_hash
+from swarm_protocol.client import MAX_CHUNK_BYTES, CoordinatorClient
+from swarm_protocol.errors import HashMismatchError
+from swarm_protocol.files import remove_leftovers, write_atomic
+from swarm_protocol.sealed import Sealed, sealed
+from swarm_protocol.spec import RunSpec
+
+KEPT = 2
+
+
+@dataclass(frozen=True)
+class Download:
+    """A sealed checkpoint on this disk. `cached` says that it was there already."""
+
+    spec: RunSpec
+    sealed: Sealed
+    checkpoint: Checkpoint
+    tokenizer: bytes | None
+    cached: bool
+
+
+def default_cache() -> Path:
+    """The XDG place for what can be fetched again."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "swarm-node"
+
+
+async def download(client: CoordinatorClient, cache: Path, round_number: int | None) -> Download:
+    """The newest checkpoint of a run, or the one that a round starts from, with its tokenizer.
+
+    The parameters are mapped from the file, read-only.
+
+    Raises:
+        ConfigurationError, UnreachableError, RefusedError, InvalidDataError
+    """
+    wanted = await sealed(client, round_number)
+    folder = cache / client.spec.run_id.hex()
+    remove_leftovers(folder)
+    path = folder / f"checkpoint-{wanted.root.hex()}"
+    checkpoint = await asyncio.to_thread(_read, client.spec, path, wanted)
+    cached = checkpoint is not None
+    if checkpoint is None:
+        fetched = await fetch.checkpoint(client, wanted.round, wanted.root)
+        await asyncio.to_thread(write_atomic, path, *fetched.buffers)
+        del fetched
+        checkpoint = await asyncio.to_thread(_read, client.spec, path, wanted)
+        if checkpoint is None:
+            raise HashMismatchError(f"{path} is not what was written to it; is the disk broken?")
+    _forget(folder, path)
+    return Download(client.spec, wanted, checkpoint, await _tokenizer(client, folder), cached)
+
+
+def _read(spec: RunSpec, path: Path, wanted: Sealed) -> Checkpoint | None:
+    """The checkpoint in a file, mapped and checked; None where it is not there, or damaged and now removed."""
+    try:
+        return Checkpoint.from_bytes(spec, wanted.round, np.memmap(path, dtype=np.uint8, mode="r"), wanted.root)
+    except FileNotFoundError:
+        return None
+    except (HashMismatchError, ValueError):  # ValueError: it is empty
+        path.unlink()
+        return None
+
+
+def _forget(folder: Path, used: Path) -> None:
+    """Delete all checkpoints but those used last."""
+    os.utime(used)
+    there = sorted(folder.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    for path in there[KEPT:]:
+        path.unlink(missing_ok=True)
+
+
+async def _tokenizer(client: CoordinatorClient, folder: Path) -> bytes | None:
+    """The run's tokenizer.json; None for `bytes`."""
+    name = client.spec.data.tokenizer
+    if name == "bytes":
+        return None
+    path = folder / f"tokenizer-{bytes.fromhex(name).hex()}"
+    with contextlib.suppress(FileNotFoundError):
+        blob = path.read_bytes()
+        if content_hash(blob) == bytes.fromhex(name):
+            return blob
+    blob = await client.chunk(bytes.fromhex(name), max_bytes=MAX_CHUNK_BYTES)
+    write_atomic(path, blob)
+    return blob

@@ -1,0 +1,157 @@
+"""`swarm-node export`: a run's model as a folder that other software loads, whole or not at all.
+
+    hf            config.json, weights, tokenizer, generation_config.json, README.md: what `from_pretrained` takes
+    safetensors   the weights alone, and README.md
+
+The weights are the checkpoint's own bits, in float32. Names of files are fixed here; none comes from the network.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from swarm_node.downloads import Download, download
+from swarm_protocol import __version__, huggingface, tokenizing
+from swarm_protocol.client import CoordinatorClient
+from swarm_protocol.errors import ConfigurationError
+from swarm_protocol.files import new_folder
+from swarm_protocol.http import persist
+
+PATIENCE_S = 60.0
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+@dataclass(frozen=True)
+class Options:
+    """`round` None is the newest checkpoint; `shard_bytes` the most that a file of weights holds."""
+
+    url: str
+    folder: Path
+    cache: Path
+    format: str = "hf"
+    round: int | None = None
+    shard_bytes: int = huggingface.SHARD_BYTES
+
+
+def size_bytes(text: str) -> int:
+    """A size such as 5GB or 200MB, in decimal units.
+
+    Raises:
+        ConfigurationError: it is none.
+    """
+    match = re.fullmatch(r"(\d{1,15})\s*([KMG]?B)?", text.strip().upper())
+    if match is None or not int(match[1]):
+        raise ConfigurationError(f"--shard-size takes a size such as 5GB or 200MB, not {text!r:.40}")
+    return int(match[1]) * _UNITS["" if match[2] in (None, "B") else match[2]]
+
+
+def export(options: Options) -> Download:
+    """Write the folder.
+
+    Raises:
+        SwarmError: it is not written.
+    """
+    huggingface.require_safetensors()
+    if options.folder.exists() and (not options.folder.is_dir() or any(options.folder.iterdir())):
+        raise ConfigurationError(f"{options.folder} exists and is not empty; choose another folder")
+    found = asyncio.run(_download(options))
+    with new_folder(options.folder) as folder:
+        write(folder, found, options)
+    return found
+
+
+async def _download(options: Options) -> Download:
+    async with await persist(lambda: CoordinatorClient.connect(options.url), deadline_s=PATIENCE_S) as client:
+        return await download(client, options.cache, options.round)
+
+
+def write(folder: Path, found: Download, options: Options) -> None:
+    """Fill a folder with what `options.format` asks for."""
+    from swarm_protocol.model.llama import parameter_shapes
+
+    tensors = huggingface.named(parameter_shapes(found.spec.model), found.checkpoint.parameters)
+    huggingface.write_weights(folder, tensors, shard_bytes=options.shard_bytes)
+    if options.format == "hf":
+        _write_model_files(folder, found)
+    (folder / "README.md").write_text(card(found, options))
+
+
+def _write_model_files(folder: Path, found: Download) -> None:
+    """Everything that `from_pretrained` takes besides the weights."""
+    model = found.spec.model
+    tokenizer = tokenizing.Tokenizer(found.tokenizer)
+    special: dict[str, str] = {}
+    bos = None
+    if found.tokenizer is not None:
+        inner = tokenizing.read(found.tokenizer)
+        for role, names in (("bos_token", tokenizing.BEGINNING_OF_TEXT), ("eos_token", tokenizing.END_OF_TEXT)):
+            name = tokenizing.special(inner, names)
+            if name is not None:
+                special[role] = name
+        bos = inner.token_to_id(special["bos_token"]) if "bos_token" in special else None
+    (folder / "tokenizer.json").write_bytes(tokenizing.tokenizer_json() if found.tokenizer is None else found.tokenizer)
+    _write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": model.max_position_embeddings,
+            "clean_up_tokenization_spaces": False,
+            **special,
+        },
+    )
+    _write_json(folder / "config.json", huggingface.config_of(model, bos=bos, eos=tokenizer.end))
+    ends = {"bos_token_id": bos, "eos_token_id": tokenizer.end, "pad_token_id": tokenizer.end}
+    _write_json(folder / "generation_config.json", {name: token for name, token in ends.items() if token is not None})
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def card(found: Download, options: Options) -> str:
+    """The model card. What the run's owner chose to write, its name, is letters, digits and spaces by the spec's rule."""
+    spec, sealed = found.spec, found.sealed
+    run = spec.run_id.hex()
+    name = re.sub(r"[^\w .:-]", "", spec.name)
+    url = options.url.partition("/v1/runs/")[0].rstrip("/") + f"/v1/runs/{run}"
+    parent = ""
+    if spec.parent is not None:
+        parent = f"| parent | round {spec.parent.round} of run `{spec.parent.run}`, checkpoint `{spec.parent.root}` |\n"
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [swarm-node]
+---
+
+# {name}
+
+A Llama model of {spec.model.num_parameters:,} parameters, trained by volunteers with swarm-node, whose every contribution
+can be checked by replaying it.
+
+| | |
+| --- | --- |
+| run | `{run}` |
+| round | {sealed.round} of {spec.rounds.count} |
+| checkpoint | `{sealed.root.hex()}` |
+| trained on | {sealed.tokens:,} tokens were given out in these rounds |
+| data | `{spec.data.root}` |
+| numerics | {spec.numerics} |
+{parent}| exported by | swarm-node {__version__}, format {options.format}, float32 |
+
+The checkpoint is a BLAKE3 root over the weights and the outer momentum; `docs/protocol.md` of swarm-node defines it.
+To check the run's log, and some of its contributions by replaying them:
+
+```sh
+swarm-node verify log {url}
+swarm-node verify run {url} --sample 5
+```
+
+## Licence
+
+Not stated. The run's owner decides on it, and what the training data allows counts as well.
+"""

@@ -9,7 +9,8 @@ demo: .venv/run.stamp
 	$(BIN)/swarm-node demo
 
 test: .venv/dev.stamp
-	$(BIN)/python -m pytest -m "not swarm"
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m "not swarm" --numprocesses 2 tests/unit
+	$(BIN)/python -m pytest -m "not swarm" --ignore tests/unit
 
 test-swarm: .venv/dev.stamp
 	$(BIN)/python -m pytest -m swarm

@@ -215,7 +215,7 @@ def test_tuples_are_lists_and_any_buffer_is_bytes() -> None:
         "\ud800",
         {"\ud800": 1},
     ],
-    ids=repr,
+    ids=lambda value: type(value).__name__ if type(value) is object else repr(value),
 )
 def test_what_has_no_place_in_a_record_is_not_encoded(value: object) -> None:
     with pytest.raises(EncodingError):

@@ -33,7 +33,7 @@ MAX_SMALL_BYTES = 1 << 21
 def max_bytes(spec: RunSpec, slots: int, part: int | None) -> int:
     """How much an auditor may have archived for one audit in a round of so many slots."""
     if part is None:
-        state = 12 * spec.model.num_parameters + 8  # no optimizer has more than two moments a parameter
+        state = 12 * spec.num_trainable + 8  # no optimizer has more than two moments a parameter
         count = parts.part_count(spec)
         encoded = sum(parts.encoded_part_bytes(spec, one) for one in range(count))
         return STATES * state + encoded + count * MAX_PROOF_BYTES + MAX_SMALL_BYTES

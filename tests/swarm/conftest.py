@@ -29,6 +29,7 @@ RUN = """\
 name = "test"
 numerics = "{numerics}"
 seed = 7
+trainable = {trainable}
 
 [model]
 hidden_size = 64
@@ -46,6 +47,7 @@ steps = 6
 segment_steps = 2
 
 [training.optimizer]
+name = "{optimizer}"
 warmup_steps = 2
 
 [exchange]
@@ -74,6 +76,8 @@ RUN_PARTS = re.compile(r"^parts = (\d+)", re.MULTILINE)
 
 DEFAULTS: dict[str, Any] = {
     "numerics": "native",
+    "trainable": '"all"',
+    "optimizer": "muon",
     "rounds": 3,
     "min_nodes": 3,
     "max_nodes": 3,

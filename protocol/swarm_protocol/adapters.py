@@ -11,6 +11,7 @@ Source: LoRA, Hu et al. 2021; names and initial values are those of the package 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -112,9 +113,19 @@ class Adapted:
     """
 
     def __init__(
-        self, model: ModelSpec, trainable: TrainableSpec, full: Tensor, full_gradients: Tensor, low_rank: LowRank
+        self,
+        model: ModelSpec,
+        trainable: TrainableSpec,
+        full: Tensor,
+        full_gradients: Tensor,
+        low_rank: LowRank,
+        observe: Callable[[str, Tensor], None] | None = None,
     ) -> None:
-        """`full` and `full_gradients` are the model's flat vectors; the latter may be empty where nothing is pulled back."""
+        """`full` and `full_gradients` are the model's flat vectors; the latter may be empty where nothing is pulled back.
+
+        `observe` is told every merged matrix, and every adapter's gradient.
+        """
+        self._observe = observe or (lambda _name, _result: None)
         self._kind, self._low_rank, self._full = trainable.kind, low_rank, full
         self._trunk_given: Float32 | None = None
         self._products: dict[torch.Size, Tensor] = {}
@@ -134,6 +145,7 @@ class Adapted:
         self._gains = [_Gain(p[name], g[name], w[name], dw[name]) for name in mine if name in shapes]
         self._adapters = [
             _Adapter(
+                name,
                 *(p[f"{name}.lora_{one}.weight"] for one in "BA"),
                 *(g[f"{name}.lora_{one}.weight"] for one in "BA"),
                 *(tensors[f"{name}.weight"] for tensors in (trunk, w, dw)),
@@ -179,6 +191,7 @@ class Adapted:
             product = self._scratch(one.w)
             self._low_rank.multiply(one.b, one.a, product)
             torch.add(one.trunk, product.mul_(self._scale), out=one.w)
+            self._observe(f"{one.name}: merged", one.w)
 
     @torch.no_grad()
     def pull_back(self) -> None:
@@ -191,6 +204,8 @@ class Adapted:
             self._low_rank.pull_back(one.dw, one.b, one.a, one.db, one.da)
             one.db.mul_(self._scale)
             one.da.mul_(self._scale)
+            self._observe(f"{one.name}: gradient of lora_B", one.db)
+            self._observe(f"{one.name}: gradient of lora_A", one.da)
 
     def _scratch(self, like: Tensor) -> Tensor:
         """Memory of a matrix's shape, the same for all of that shape."""
@@ -210,6 +225,7 @@ class _Gain:
 
 @dataclass(frozen=True)
 class _Adapter:
+    name: str
     b: Tensor
     a: Tensor
     db: Tensor

@@ -40,7 +40,13 @@ def candidates(device: str) -> Iterator[Backend]:
 
 def multiplies_exactly(multiply: Multiply, device: str) -> bool:
     """Whether products are right for limbs of every value, and where the largest meet and 16-bit sums would saturate."""
-    for m, k, n in ((48, 1040, 64), (130, 2304, 200)):
+    for m, k, n in (
+        (48, 1040, 64),
+        (130, 2304, 200),
+        (200, 3, 130),
+        (130, 200, 3),
+        (3, 130, 200),
+    ):  # the last: adapters
         rows, columns = (torch.arange(m)[:, None] * torch.arange(k), torch.arange(k)[:, None] * torch.arange(n))
         every = rows * 37 % 129 - 64, columns * 53 % 129 - 64
         largest = torch.where(rows % 7 < 4, 64, -64), torch.where(columns % 5 < 3, 64, -64)

@@ -83,7 +83,7 @@ def observe_step(
         nonlocal grain
         grain += operator == "embedding"
         values = result.detach().cpu().contiguous().numpy().astype(np.float32, copy=False)
-        found.append(Observation.of(grain, operator, values))
+        found.append(Observation.of(max(grain, 0), operator, values))  # adapters are merged before the first grain
 
     sequences = grain_sequences or rule.default_grain(spec.model)
     trainer = Trainer(

@@ -79,7 +79,7 @@ class Trainer:
         self._status = torch.zeros(1, dtype=torch.int32, device=self._device)
         products = Products(backend.passes, backend.multiply, limbs, scratch)
         low_rank = ExactLowRank(products, backend.passes, scratch, self._status, limbs=limbs)
-        self._adapted = Adapted(spec.model, spec.trainable, full, gradients, low_rank)
+        self._adapted = Adapted(spec.model, spec.trainable, full, gradients, low_rank, observe)
         self._decoder = Decoder(
             spec.model,
             full,

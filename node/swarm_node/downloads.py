@@ -23,6 +23,7 @@ from swarm_protocol.checkpoint import Checkpoint
 from swarm_protocol.chunks import content_hash
 from swarm_protocol.client import MAX_CHUNK_BYTES, CoordinatorClient
 from swarm_protocol.errors import HashMismatchError
+from swarm_protocol.fetch import Float32
 from swarm_protocol.files import remove_leftovers, write_atomic
 from swarm_protocol.sealed import Sealed, sealed
 from swarm_protocol.spec import RunSpec
@@ -32,13 +33,23 @@ KEPT = 2
 
 @dataclass(frozen=True)
 class Download:
-    """A sealed checkpoint on this disk. `cached` says that it was there already."""
+    """A sealed checkpoint on this disk, with what goes with it. `cached` says that it was there already.
+
+    `trunk` is float32[num_parameters], None where all is trained; `tokenizer` a tokenizer.json, None for `bytes`.
+    """
 
     spec: RunSpec
     sealed: Sealed
     checkpoint: Checkpoint
+    trunk: Float32 | None
     tokenizer: bytes | None
     cached: bool
+
+    def full_parameters(self) -> Float32:
+        """All parameters of the model, float32[num_parameters]: with adapters merged, where that is what is trained."""
+        from swarm_protocol import adapters
+
+        return adapters.full_parameters(self.spec, self.checkpoint.parameters, self.trunk)
 
 
 def default_cache() -> Path:
@@ -69,7 +80,8 @@ async def download(client: CoordinatorClient, cache: Path, round_number: int | N
         if checkpoint is None:
             raise HashMismatchError(f"{path} is not what was written to it; is the disk broken?")
     _forget(folder, path)
-    return Download(client.spec, wanted, checkpoint, await _tokenizer(client, folder), cached)
+    trunk = await fetch.trunk(client, folder)
+    return Download(client.spec, wanted, checkpoint, trunk, await _tokenizer(client, folder), cached)
 
 
 def _read(spec: RunSpec, path: Path, wanted: Sealed) -> Checkpoint | None:

@@ -91,7 +91,7 @@ def _drawn(
     if max(prompt) >= found.spec.model.vocab_size:
         raise ConfigurationError("the run's tokenizer has tokens that its model does not know")
     model = llama.build(found.spec.model)
-    llama.load_flat(model, found.checkpoint.parameters)
+    llama.load_flat(model, found.full_parameters())
     tokens = sampling.continuation(model, prompt, sampling.Draw(options.temperature, options.top_p, seed))
     for _ in range(options.tokens):
         token = next(tokens)

@@ -44,7 +44,18 @@ def test_a_run_goes_on_from_what_another_one_gave(start_run: Callable[..., Any],
     assert after["evaluations"][0]["loss"] == before["evaluations"][1]["loss"] < before["evaluations"][0]["loss"]
     assert after["evaluations"][1]["loss"] < after["evaluations"][0]["loss"]
 
-    sampling = ("sample", second.url, "--prompt", "def ", "--tokens", "40", "--cache", tmp_path / "cache", "--seed", "1")
+    sampling = (
+        "sample",
+        second.url,
+        "--prompt",
+        "def ",
+        "--tokens",
+        "40",
+        "--cache",
+        tmp_path / "cache",
+        "--seed",
+        "1",
+    )
     answer = json.loads(node(*sampling, "--json"))
     assert (answer["root"], answer["round"]) == (after["checkpoint"]["root"], 1)
     assert 0 < len(answer["tokens"]) <= 40

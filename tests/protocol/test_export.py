@@ -310,6 +310,8 @@ def test_a_checkpoint_is_fetched_once_and_again_where_it_is_damaged(
     data[1234] ^= 1
     path.write_bytes(data)
     assert [export(name=f"model-{number}").cached for number in (3, 4)] == [False, True]
+    with downloads._alone(path.parent), pytest.raises(ConfigurationError, match="another swarm-node downloads"):
+        export(name="model-5")
 
 
 def test_sizes_of_shards_are_read_as_people_write_them() -> None:

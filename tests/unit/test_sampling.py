@@ -100,5 +100,18 @@ def test_bytes_are_tokens_and_characters_are_shown_whole(tokenizer: Tokenizer) -
     assert "".join(tokenizer.pieces([0x80] * 40 + [65])).endswith("A")
 
 
+def test_spaces_between_words_are_shown() -> None:
+    from tokenizers import Tokenizer as Model
+    from tokenizers import decoders, models, pre_tokenizers
+
+    vocab = {"▁all": 0, "▁that": 1, "▁is": 2, "?": 3}
+    made = Model(models.WordLevel(vocab, unk_token="?"))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer = Tokenizer(made.to_str().encode())
+    assert tokenizer.encode("all that is") == [0, 1, 2]
+    assert "".join(tokenizer.pieces([0, 1, 2])) == "all that is"
+    assert "".join(tokenizer.pieces([1, 2], [0])) == " that is"
+
+
 def test_what_could_steer_a_terminal_is_not_shown() -> None:
     assert harmless("a\x1b[2Jb\x00\n\tc\x9b\ud800") == "a\ufffd[2Jb\ufffd\n\tc\ufffd\ufffd"

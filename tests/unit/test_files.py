@@ -128,9 +128,13 @@ def test_a_folder_appears_whole(tmp_path: Path) -> None:
 
 
 def test_nothing_is_left_of_a_folder_that_is_broken_off(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="No space left"), new_folder(tmp_path / "folder") as building:
-        (building / "file").write_bytes(b"half")
-        raise OSError(28, "No space left on device")
+    def break_off() -> None:
+        with new_folder(tmp_path / "folder") as building:
+            (building / "file").write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(ConfigurationError, match="No space left"):
+        break_off()
     assert list(tmp_path.iterdir()) == []
 
 

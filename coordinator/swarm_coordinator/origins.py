@@ -7,6 +7,7 @@ has to agree with it, but for the sequence length, which may be shorter: positio
 from __future__ import annotations
 
 import asyncio
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,11 +111,13 @@ async def _from_address(url: str, round_number: int | None) -> Origin:
 
     async with await persist(lambda: CoordinatorClient.connect(url), deadline_s=PATIENCE_S) as client:
         found = await sealed(client, round_number)
+        with tempfile.TemporaryDirectory(prefix="swarm-init-") as scratch:
+            trunk = await fetch.trunk(client, Path(scratch))
         checkpoint = await fetch.checkpoint(client, found.round, found.root)
         name = client.spec.data.tokenizer
         tokenizer = None if name == "bytes" else await client.chunk(bytes.fromhex(name), max_bytes=MAX_CHUNK_BYTES)
         specs = await _specs(client)
-    return _of_run(client.spec, found.round, found.root, checkpoint.parameters, tokenizer, specs)
+    return _of_run(client.spec, checkpoint.parameters, trunk, found.round, found.root, tokenizer, specs)
 
 
 async def _specs(client: CoordinatorClient) -> tuple[bytes, ...]:
@@ -136,15 +139,25 @@ def _from_directory(home: RunDirectory, round_number: int | None) -> Origin:
 
     spec, store = home.spec(), Store(home.objects_url())
     number, root = overview.sealed_checkpoint(home, round_number)
-    values = _state(store, root, 8 * spec.model.num_parameters)
+    trained = _state(store, root, 8 * spec.num_trainable)[: spec.num_trainable]
+    trunk = None if spec.trunk is None else _state(store, bytes.fromhex(spec.trunk), 4 * spec.model.num_parameters)
     tokenizer = None if spec.data.tokenizer == "bytes" else _stored(store, bytes.fromhex(spec.data.tokenizer))
     specs = tuple(ancestor.spec for ancestor in home.ancestors())
-    return _of_run(spec, number, root, values[: spec.model.num_parameters], tokenizer, specs)
+    return _of_run(spec, trained, trunk, number, root, tokenizer, specs)
 
 
 def _of_run(
-    spec: RunSpec, number: int, root: bytes, parameters: F32, tokenizer: bytes | None, specs: tuple[bytes, ...]
+    spec: RunSpec,
+    trained: F32,
+    trunk: F32 | None,
+    number: int,
+    root: bytes,
+    tokenizer: bytes | None,
+    specs: tuple[bytes, ...],
 ) -> Origin:
+    from swarm_protocol import adapters
+
+    parameters = adapters.full_parameters(spec, trained, trunk)
     where = f"checkpoint {number} of run {spec.run_id.hex()[:12]}"
     parent = ParentSpec(run=spec.run_id.hex(), round=number, root=root.hex())
     ancestors = ancestry.chain(parent, (spec.encode(), *specs))

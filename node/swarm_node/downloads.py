@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +24,8 @@ from swarm_protocol import fetch
 from swarm_protocol.checkpoint import Checkpoint
 from swarm_protocol.chunks import content_hash
 from swarm_protocol.client import MAX_CHUNK_BYTES, CoordinatorClient
-from swarm_protocol.errors import HashMismatchError
+from swarm_protocol.errors import ConfigurationError, HashMismatchError
+from swarm_protocol.fetch import Float32
 from swarm_protocol.files import remove_leftovers, write_atomic
 from swarm_protocol.sealed import Sealed, sealed
 from swarm_protocol.spec import RunSpec
@@ -32,13 +35,23 @@ KEPT = 2
 
 @dataclass(frozen=True)
 class Download:
-    """A sealed checkpoint on this disk. `cached` says that it was there already."""
+    """A sealed checkpoint on this disk, with what goes with it. `cached` says that it was there already.
+
+    `trunk` is float32[num_parameters], None where all is trained; `tokenizer` a tokenizer.json, None for `bytes`.
+    """
 
     spec: RunSpec
     sealed: Sealed
     checkpoint: Checkpoint
+    trunk: Float32 | None
     tokenizer: bytes | None
     cached: bool
+
+    def full_parameters(self) -> Float32:
+        """All parameters of the model, float32[num_parameters]: with adapters merged, where that is what is trained."""
+        from swarm_protocol import adapters
+
+        return adapters.full_parameters(self.spec, self.checkpoint.parameters, self.trunk)
 
 
 def default_cache() -> Path:
@@ -57,19 +70,47 @@ async def download(client: CoordinatorClient, cache: Path, round_number: int | N
     """
     wanted = await sealed(client, round_number)
     folder = cache / client.spec.run_id.hex()
-    remove_leftovers(folder)
     path = folder / f"checkpoint-{wanted.root.hex()}"
     checkpoint = await asyncio.to_thread(_read, client.spec, path, wanted)
     cached = checkpoint is not None
-    if checkpoint is None:
-        fetched = await fetch.checkpoint(client, wanted.round, wanted.root)
-        await asyncio.to_thread(write_atomic, path, *fetched.buffers)
-        del fetched
-        checkpoint = await asyncio.to_thread(_read, client.spec, path, wanted)
+    with _alone(folder):
         if checkpoint is None:
-            raise HashMismatchError(f"{path} is not what was written to it; is the disk broken?")
-    _forget(folder, path)
-    return Download(client.spec, wanted, checkpoint, await _tokenizer(client, folder), cached)
+            remove_leftovers(folder)
+            fetched = await fetch.checkpoint(client, wanted.round, wanted.root)
+            await asyncio.to_thread(write_atomic, path, *fetched.buffers)
+            del fetched
+            checkpoint = await asyncio.to_thread(_read, client.spec, path, wanted)
+            if checkpoint is None:
+                raise HashMismatchError(f"{path} is not what was written to it; is the disk broken?")
+        _forget(folder, path)
+        trunk = await fetch.trunk(client, folder)
+        return Download(client.spec, wanted, checkpoint, trunk, await _tokenizer(client, folder), cached)
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """A run's cache for us alone.
+
+    Raises:
+        ConfigurationError: somebody else is at it, or it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise ConfigurationError(
+            f"the cache {folder} cannot be used: {error.strerror}; choose another --cache"
+        ) from error
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigurationError(
+                f"another swarm-node downloads into {folder}; wait for it, or choose another --cache"
+            ) from error
+        yield
+    finally:
+        os.close(lock)
 
 
 def _read(spec: RunSpec, path: Path, wanted: Sealed) -> Checkpoint | None:

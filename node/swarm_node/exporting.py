@@ -1,7 +1,8 @@
 """`swarm-node export`: a run's model as a folder that other software loads, whole or not at all.
 
     hf            config.json, weights, tokenizer, generation_config.json, README.md: what `from_pretrained` takes
-    safetensors   the weights alone, and README.md
+    safetensors   the weights alone, and README.md: of what the run trains, or of all with its adapters merged
+    peft          a run's adapters as what `PeftModel.from_pretrained` takes, README.md, and in base/ the model below them
 
 The weights are the checkpoint's own bits, in float32. Names of files are fixed here; none comes from the network.
 """
@@ -19,6 +20,7 @@ from swarm_node.downloads import Download, download
 from swarm_protocol import __version__, huggingface, tokenizing
 from swarm_protocol.client import CoordinatorClient
 from swarm_protocol.errors import ConfigurationError
+from swarm_protocol.fetch import Float32
 from swarm_protocol.files import new_folder
 from swarm_protocol.http import persist
 
@@ -28,7 +30,11 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 @dataclass(frozen=True)
 class Options:
-    """`round` None is the newest checkpoint; `shard_bytes` the most that a file of weights holds."""
+    """`round` None is the newest checkpoint; `shard_bytes` the most that a file of weights holds.
+
+    `merged` None is what the format says: True for hf, False otherwise. `base` is the name of the model below the adapters
+    (peft); None has it written beside them.
+    """
 
     url: str
     folder: Path
@@ -36,6 +42,16 @@ class Options:
     format: str = "hf"
     round: int | None = None
     shard_bytes: int = huggingface.SHARD_BYTES
+    merged: bool | None = None
+    base: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.format == "hf" and self.merged is False:
+            raise ConfigurationError("--format hf writes the merged model; for the adapters alone: --format peft")
+        if self.format == "peft" and self.merged:
+            raise ConfigurationError("--format peft writes the adapters alone; for the merged model: --format hf")
+        if self.format != "peft" and self.base is not None:
+            raise ConfigurationError("--base names the model below the adapters of --format peft")
 
 
 def size_bytes(text: str) -> int:
@@ -72,18 +88,46 @@ async def _download(options: Options) -> Download:
 
 def write(folder: Path, found: Download, options: Options) -> None:
     """Fill a folder with what `options.format` asks for."""
+    from swarm_protocol import adapters
     from swarm_protocol.model.llama import parameter_shapes
 
-    tensors = huggingface.named(parameter_shapes(found.spec.model), found.checkpoint.parameters)
-    huggingface.write_weights(folder, tensors, shard_bytes=options.shard_bytes)
-    if options.format == "hf":
-        _write_model_files(folder, found)
+    spec = found.spec
+    match options.format:
+        case "hf":
+            _write_model(folder, found, found.full_parameters(), options)
+        case "peft":
+            _write_adapters(folder, found, options)
+        case _:
+            shapes, flat = adapters.trainable_shapes(spec.model, spec.trainable), found.checkpoint.parameters
+            if options.merged:
+                shapes, flat = parameter_shapes(spec.model), found.full_parameters()
+            huggingface.write_weights(folder, huggingface.named(shapes, flat), shard_bytes=options.shard_bytes)
     (folder / "README.md").write_text(card(found, options))
 
 
-def _write_model_files(folder: Path, found: Download) -> None:
-    """Everything that `from_pretrained` takes besides the weights."""
+def _write_adapters(folder: Path, found: Download, options: Options) -> None:
+    """What peft loads, and unless it has a name already, the model below."""
+    from swarm_protocol import adapters
+
+    spec = found.spec
+    if spec.trainable.kind != "lora" or found.trunk is None:
+        raise ConfigurationError(f"this run trains no adapters ({spec.trainable.kind}); export it with --format hf")
+    tensors = huggingface.named(adapters.trainable_shapes(spec.model, spec.trainable), found.checkpoint.parameters)
+    huggingface.write_adapters(folder, tensors)
+    base = options.base or str(options.folder.absolute() / "base")
+    _write_json(folder / "adapter_config.json", huggingface.adapter_config_of(spec.trainable, base))
+    if options.base is None:
+        (folder / "base").mkdir()
+        _write_model(folder / "base", found, found.trunk, options)
+
+
+def _write_model(folder: Path, found: Download, parameters: Float32, options: Options) -> None:
+    """Everything that `from_pretrained` takes, with these weights."""
+    from swarm_protocol.model.llama import parameter_shapes
+
     model = found.spec.model
+    tensors = huggingface.named(parameter_shapes(model), parameters)
+    huggingface.write_weights(folder, tensors, shard_bytes=options.shard_bytes)
     tokenizer = tokenizing.Tokenizer(found.tokenizer)
     special: dict[str, str] = {}
     bos = None
@@ -122,8 +166,12 @@ def card(found: Download, options: Options) -> str:
     parent = ""
     if spec.parent is not None:
         parent = f"| parent | round {spec.parent.round} of run `{spec.parent.run}`, checkpoint `{spec.parent.root}` |\n"
+    trained = f"{spec.trainable.kind}, {spec.num_trainable:,} parameters"
+    if spec.trainable.kind == "lora":
+        where = ", ".join(spec.trainable.targets)
+        trained += f", rank {spec.trainable.r}, alpha {spec.trainable.alpha}, on {where}"
     return f"""---
-library_name: transformers
+library_name: {"peft" if options.format == "peft" else "transformers"}
 pipeline_tag: text-generation
 tags: [swarm-node]
 ---
@@ -138,6 +186,7 @@ can be checked by replaying it.
 | run | `{run}` |
 | round | {sealed.round} of {spec.rounds.count} |
 | checkpoint | `{sealed.root.hex()}` |
+| trained | {trained} |
 | trained on | {sealed.tokens:,} tokens were given out in these rounds |
 | data | `{spec.data.root}` |
 | numerics | {spec.numerics} |

@@ -12,6 +12,7 @@ import typer
 class Format(StrEnum):
     HF = "hf"
     SAFETENSORS = "safetensors"
+    PEFT = "peft"
 
 
 Url = Annotated[str, typer.Argument(help="The coordinator's address.")]
@@ -33,8 +34,23 @@ def export(
     url: Url,
     folder: Annotated[Path, typer.Argument(help="A new folder.", metavar="DIR")],
     format: Annotated[
-        Format, typer.Option(help="hf: what transformers loads, with the tokenizer; safetensors: the weights alone.")
+        Format,
+        typer.Option(
+            help="hf: what transformers loads; safetensors: the weights alone; peft: a run's adapters for peft."
+        ),
     ] = Format.HF,
+    merged: Annotated[
+        bool | None,
+        typer.Option(
+            "--merged/--no-merged",
+            help="Whether adapters are merged into the model.",
+            show_default="as the format says: hf merged, the others not",
+        ),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="peft: what the model below the adapters is called.", show_default="written to DIR/base"),
+    ] = None,
     round_number: Round = None,
     shard_size: Annotated[str, typer.Option(help="The most that one file of weights holds.")] = "5GB",
     cache: Cache = None,
@@ -43,11 +59,18 @@ def export(
     from swarm_node import downloads, exporting
 
     options = exporting.Options(
-        url, folder, cache or downloads.default_cache(), format, round_number, exporting.size_bytes(shard_size)
+        url=url,
+        folder=folder,
+        cache=cache or downloads.default_cache(),
+        format=format,
+        round=round_number,
+        shard_bytes=exporting.size_bytes(shard_size),
+        merged=merged,
+        base=base,
     )
     found = exporting.export(options)
     sealed = found.sealed
-    typer.echo(f"{folder}: checkpoint {sealed.round} of {found.spec.name!r}, {sealed.root.hex()}")
+    typer.echo(f"{folder}: checkpoint {sealed.round} of {found.spec.name!r:.80}, {sealed.root.hex()}")
     if format is Format.HF:
         typer.echo(f'load it  AutoModelForCausalLM.from_pretrained("{folder}")')
 

@@ -52,7 +52,8 @@ def sample(options: Options) -> None:
     text = ""
     show = _silent if options.as_json else _show
     show(harmless(options.prompt))
-    for piece in tokenizer.pieces(_drawn(found, tokenizer, options, seed, drawn.append)):
+    prompt = _prompt(tokenizer, options.prompt)
+    for piece in tokenizer.pieces(_drawn(found, prompt, tokenizer.end, options, seed, drawn.append), prompt):
         text += piece
         show(harmless(piece))
     show("\n")
@@ -76,26 +77,29 @@ async def _download(options: Options) -> Download:
         return await download(client, options.cache, options.round)
 
 
+def _prompt(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The tokens to go on from: those of the text, or what comes before a document."""
+    prompt = tokenizer.encode(text)
+    if not prompt and tokenizer.end is None:
+        raise ConfigurationError("this run's tokenizer has no token to begin a text with: give a --prompt")
+    return prompt or [tokenizer.end or 0]
+
+
 def _drawn(
-    found: Download, tokenizer: Tokenizer, options: Options, seed: int, note: Callable[[int], None]
+    found: Download, prompt: list[int], end: int | None, options: Options, seed: int, note: Callable[[int], None]
 ) -> Iterator[int]:
     """The tokens as they are drawn, until there are enough or the document ends."""
     from swarm_protocol import sampling
     from swarm_protocol.model import llama
 
-    prompt = tokenizer.encode(options.prompt)
-    if not prompt:
-        if tokenizer.end is None:
-            raise ConfigurationError("this run's tokenizer has no token to begin a text with: give a --prompt")
-        prompt = [tokenizer.end]
     if max(prompt) >= found.spec.model.vocab_size:
         raise ConfigurationError("the run's tokenizer has tokens that its model does not know")
     model = llama.build(found.spec.model)
-    llama.load_flat(model, found.checkpoint.parameters)
+    llama.load_flat(model, found.full_parameters())
     tokens = sampling.continuation(model, prompt, sampling.Draw(options.temperature, options.top_p, seed))
     for _ in range(options.tokens):
         token = next(tokens)
-        if token == tokenizer.end:
+        if token == end:
             return
         note(token)
         yield token

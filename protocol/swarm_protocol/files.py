@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import glob
 import os
 import shutil
 import tempfile
@@ -53,6 +55,8 @@ def newest(names: Iterable[str], prefix: str) -> list[int]:
 def new_folder(target: Path) -> Iterator[Path]:
     """A folder to fill; it becomes `target`, on disk, when the block ends well, and is gone when it does not.
 
+    Where the process was killed meanwhile, the next one that makes `target` removes what it left beside it.
+
     Raises:
         ConfigurationError: `target` is there already and not an empty folder, or it cannot be written.
     """
@@ -61,15 +65,19 @@ def new_folder(target: Path) -> Iterator[Path]:
     where = target.absolute()
     try:
         where.parent.mkdir(parents=True, exist_ok=True)
+        for path in where.parent.glob(f".{glob.escape(where.name)}.*.tmp"):
+            with contextlib.suppress(OSError), _locked(path):
+                shutil.rmtree(path)
         building = Path(tempfile.mkdtemp(prefix=f".{where.name}.", suffix=".tmp", dir=where.parent))
     except OSError as error:
         raise ConfigurationError(f"{where.parent} cannot be written: {error.strerror}") from error
     try:
         building.chmod(0o755)
-        yield building
-        for path in [*building.rglob("*"), building]:
-            _sync(path)
-        building.rename(where)
+        with _locked(building):
+            yield building
+            for path in [*building.rglob("*"), building]:
+                _sync(path)
+            building.rename(where)
         _sync(where.parent)
     except OSError as error:
         raise ConfigurationError(
@@ -77,6 +85,17 @@ def new_folder(target: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(building, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """A folder that nobody else is filling. Raises `OSError` where somebody is."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _sync(path: Path) -> None:

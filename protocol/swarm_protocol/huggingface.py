@@ -1,4 +1,4 @@
-"""Models as Hugging Face folders: `config.json` and safetensors, out and in. Weights keep their bits.
+"""Models as Hugging Face folders: `config.json` and safetensors, out and in; and adapters for peft. Weights keep their bits.
 
 Out, weights are float32 under the names of `LlamaForCausalLM`, in shards with an index where they are large. In, float32,
 bfloat16 and float16 become float32 exactly. Our Llama is the plain one: a folder whose model is anything else is refused, and
@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from swarm_protocol import tokenizing
 from swarm_protocol.errors import ConfigurationError
-from swarm_protocol.spec import ModelSpec, explain
+from swarm_protocol.spec import ModelSpec, TrainableSpec, explain
 
 F32 = npt.NDArray[np.float32]
 
@@ -72,6 +72,25 @@ def config_of(spec: ModelSpec, *, bos: int | None, eos: int | None) -> dict[str,
         "bos_token_id": bos,
         "eos_token_id": eos,
         "pad_token_id": None,
+    }
+
+
+def adapter_config_of(trainable: TrainableSpec, base: str) -> dict[str, Any]:
+    """The `adapter_config.json` of adapters on the model that is called `base`."""
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": trainable.r,
+        "lora_alpha": trainable.alpha,
+        "lora_dropout": 0.0,
+        "target_modules": list(trainable.targets),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "use_rslora": False,
+        "use_dora": False,
+        "modules_to_save": None,
     }
 
 
@@ -179,6 +198,14 @@ def write_weights(folder: Path, tensors: Mapping[str, F32], *, shard_bytes: int 
         weight_map.update(dict.fromkeys(shard, file))
     metadata = {"total_size": sum(tensor.nbytes for tensor in tensors.values())}
     (folder / INDEX).write_text(json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2) + "\n")
+
+
+def write_adapters(folder: Path, tensors: Mapping[str, F32]) -> None:
+    """Write adapters as peft names them."""
+    from safetensors.numpy import save_file
+
+    renamed = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
+    save_file(renamed, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def named(shapes: Mapping[str, tuple[int, ...]], flat: F32) -> dict[str, F32]:

@@ -18,6 +18,7 @@ BEGINNING_OF_TEXT = ("<|begin_of_text|>", "<s>", "<bos>", "[CLS]")
 
 _UNFINISHED = "\ufffd"
 _LONGEST_CHARACTER_TOKENS = 4
+_CONTEXT_TOKENS = 8
 
 
 class Tokenizer:
@@ -45,9 +46,13 @@ class Tokenizer:
             return bytes(token for token in tokens if token < 256).decode(errors="replace")
         return str(self._model.decode(list(tokens)))
 
-    def pieces(self, tokens: Iterable[int]) -> Iterator[str]:
-        """The text of tokens as they come; a character that is spread over several of them comes with the last."""
-        shown: list[int] = []
+    def pieces(self, tokens: Iterable[int], after: Sequence[int] = ()) -> Iterator[str]:
+        """The text of tokens as they come; a character that is spread over several of them comes with the last.
+
+        Args:
+            after: the tokens before these; a tokenizer may drop the space at the start of a text, and here is none.
+        """
+        shown = list(after[-_CONTEXT_TOKENS:])
         pending: list[int] = []
         for token in tokens:
             pending.append(token)
@@ -55,8 +60,7 @@ class Tokenizer:
             if text.endswith(_UNFINISHED) and len(pending) < _LONGEST_CHARACTER_TOKENS:
                 continue
             yield text[len(before) :]
-            # A tokenizer may drop the space at the start of a text: what was shown last stays in front of what comes.
-            shown, pending = pending, []
+            shown, pending = [*shown, *pending][-_CONTEXT_TOKENS:], []
         if pending:
             yield self.decode(shown + pending)[len(self.decode(shown)) :]
 

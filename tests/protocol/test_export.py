@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractAsyncContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -21,8 +21,10 @@ from swarm_coordinator.run_directory import RunDirectory
 from swarm_node import downloads, exporting, writing
 from swarm_node.downloads import Download
 from swarm_protocol import huggingface
+from swarm_protocol.adapters import trainable_shapes
 from swarm_protocol.checkpoint import Checkpoint
 from swarm_protocol.errors import ConfigurationError
+from swarm_protocol.files import new_folder
 from swarm_protocol.model import llama
 from swarm_protocol.spec import RunConfig, RunSpec
 
@@ -45,6 +47,15 @@ tie_word_embeddings = {tied}
 initializer_range = 0.2
 [data]
 tokenizer = "{tokenizer}"
+"""
+LORA = """
+[trainable]
+kind = "lora"
+r = 4
+alpha = 8
+targets = ["q_proj", "v_proj", "down_proj"]
+[training.optimizer]
+name = "adamw"
 """
 TOLERANCE = 1e-5
 """On logits of about 1: transformers' kernels round in another order."""
@@ -75,16 +86,19 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tokenizer_file: Path) -> dict
     """Runs that nobody has joined: their directories by name."""
     folder = tmp_path_factory.mktemp("runs")
     corpus = folder / "corpus.txt"
-    corpus.write_text(LINE * 200)
+    corpus.write_text(LINE * 400)
     kinds = {
         "tied": {"tied": "true", "vocab_size": 256, "tokenizer": "bytes"},
         "untied": {"tied": "false", "vocab_size": 256, "tokenizer": "bytes"},
         "with a tokenizer": {"tied": "true", "vocab_size": 300, "tokenizer": tokenizer_file},
     }
-    for name, settings in kinds.items():
-        config = RunConfig.from_toml(TOML.format(**settings))
+    toml = {name: TOML.format(**settings) for name, settings in kinds.items()}
+    toml["lora"] = toml["untied"] + LORA
+    toml["lora, native"] = 'numerics = "native"' + toml["lora"]
+    for name, text in toml.items():
+        config = RunConfig.from_toml(text)
         initialise(NewRun(folder / name, config, [corpus], auditors=1))
-    return {name: folder / name for name in kinds}
+    return {name: folder / name for name in toml}
 
 
 @pytest.fixture
@@ -115,27 +129,16 @@ def export(tmp_path: Path, at_run: AtRun[Download]) -> Callable[..., Download]:
     return take_home
 
 
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """What transformers and its packages warn of as they load is not ours to mend."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=DeprecationWarning)
-        warnings.filterwarnings("ignore", category=FutureWarning)
-        yield
-
-
 def their_model(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
-    with quiet_transformers():
-        return AutoModelForCausalLM.from_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder)
 
 
 def their_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
-    with quiet_transformers():
-        return AutoTokenizer.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)
 
 
 def assert_same_model(theirs: Any, spec: RunSpec, parameters: Any) -> None:
@@ -144,14 +147,19 @@ def assert_same_model(theirs: Any, spec: RunSpec, parameters: Any) -> None:
     for name, tensor in huggingface.named(llama.parameter_shapes(spec.model), parameters).items():
         assert weights.pop(name).detach().numpy().tobytes() == tensor.tobytes(), name
     assert not weights
+    assert logits_apart(theirs, spec, parameters) < TOLERANCE
+
+
+def logits_apart(theirs: Any, spec: RunSpec, parameters: Any) -> float:
+    """How far the logits of another model are from ours with these parameters, at most; ours are about 1."""
     ours = llama.build(spec.model)
     llama.load_flat(ours, parameters)
     tokens = torch.from_numpy(np.random.default_rng(3).integers(0, spec.model.vocab_size, (2, 64)))
     with torch.no_grad():
         logits = ours(tokens)
         difference = float((logits - theirs(tokens).logits).abs().max())
-    assert float(logits.abs().max()) > 0.1
-    assert difference < TOLERANCE
+    assert 0.1 < float(logits.abs().max()) < 10.0
+    return difference
 
 
 @pytest.mark.parametrize("run", ["tied", "untied"])
@@ -211,6 +219,63 @@ def test_the_weights_alone_are_float32_under_their_names(tmp_path: Path, export:
     assert sum(tensor.nbytes for tensor in tensors.values()) == found.checkpoint.parameters.nbytes
 
 
+def with_adapters(found: Download) -> Download:
+    """The same with adapters that change something: those that a run starts with are zero."""
+    trained = np.random.default_rng(5).normal(0.0, 0.1, found.spec.num_trainable).astype(np.float32)
+    return replace(found, checkpoint=replace(found.checkpoint, parameters=trained))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks for it
+@pytest.mark.parametrize(("run", "tolerance"), [("lora", 2e-3), ("lora, native", TOLERANCE)])
+def test_peft_loads_the_adapters_with_our_logits(
+    run: str, tolerance: float, tmp_path: Path, export: Callable[..., Download]
+) -> None:
+    from peft import PeftModel
+
+    found = with_adapters(export(run, "merged"))
+    assert sorted(path.name for path in (tmp_path / "merged").glob("*.safetensors")) == ["model.safetensors"]
+    for name in ("peft", "hf"):
+        options = exporting.Options("http://localhost", tmp_path / name, tmp_path, format=name)
+        with new_folder(options.folder) as folder:
+            exporting.write(folder, found, options)
+    full = found.full_parameters()
+    assert_same_model(their_model(tmp_path / "hf"), found.spec, full)
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tmp_path / "peft" / "base")
+    base = their_model(tmp_path / "peft" / "base")
+    assert_same_model(base, found.spec, found.trunk)
+    theirs = PeftModel.from_pretrained(base, str(tmp_path / "peft"))
+    assert logits_apart(theirs, found.spec, full) < tolerance
+    assert logits_apart(theirs, found.spec, found.trunk) > 0.05
+    weights = {name.replace(".default", ""): tensor for name, tensor in theirs.named_parameters() if "lora" in name}
+    ours = huggingface.named(trainable_shapes(found.spec.model, found.spec.trainable), found.checkpoint.parameters)
+    assert {name.removeprefix("base_model.model.") for name in weights} == set(ours)
+    for name, tensor in ours.items():
+        assert weights[f"base_model.model.{name}"].detach().numpy().tobytes() == tensor.tobytes()
+
+
+def test_adapters_are_exported_alone_and_by_what_their_base_is_called(
+    tmp_path: Path, export: Callable[..., Download]
+) -> None:
+    from safetensors.numpy import load_file
+
+    found = export("lora", "alone", format="safetensors")
+    tensors = load_file(tmp_path / "alone" / "model.safetensors")
+    assert set(tensors) == set(trainable_shapes(found.spec.model, found.spec.trainable))
+    export("lora", "merged", format="safetensors", merged=True)
+    assert set(load_file(tmp_path / "merged" / "model.safetensors")) == set(llama.parameter_shapes(found.spec.model))
+    export("lora", "named", format="peft", base="somebody/llama")
+    assert sorted(path.name for path in (tmp_path / "named").iterdir()) == [
+        "README.md", "adapter_config.json", "adapter_model.safetensors",
+    ]  # fmt: skip
+    assert "somebody/llama" in (tmp_path / "named" / "adapter_config.json").read_text()
+    with pytest.raises(ConfigurationError, match="trains no adapters"):
+        export("tied", "none", format="peft")
+    for wrong in ({"format": "hf", "merged": False}, {"format": "peft", "merged": True}, {"base": "x"}):
+        with pytest.raises(ConfigurationError, match="--"):
+            exporting.Options("http://localhost", tmp_path, tmp_path, **wrong)
+
+
 def test_the_card_says_what_it_is_and_how_to_check_it(tmp_path: Path, export: Callable[..., Download]) -> None:
     spec = export().spec
     card = (tmp_path / "model" / "README.md").read_text()
@@ -245,6 +310,8 @@ def test_a_checkpoint_is_fetched_once_and_again_where_it_is_damaged(
     data[1234] ^= 1
     path.write_bytes(data)
     assert [export(name=f"model-{number}").cached for number in (3, 4)] == [False, True]
+    with downloads._alone(path.parent), pytest.raises(ConfigurationError, match="another swarm-node downloads"):
+        export(name="model-5")
 
 
 def test_sizes_of_shards_are_read_as_people_write_them() -> None:

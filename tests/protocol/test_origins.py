@@ -21,6 +21,7 @@ from swarm_coordinator.run_directory import RunDirectory
 from swarm_node import exporting
 from swarm_protocol import ancestry, huggingface
 from swarm_protocol.checkpoint import Checkpoint
+from swarm_protocol.chunks import manifest_of
 from swarm_protocol.errors import ConfigurationError, InvalidDataError
 from swarm_protocol.model import llama
 from swarm_protocol.spec import ModelSpec, ParentSpec, RunConfig, RunSpec, run_id_of
@@ -224,6 +225,19 @@ def test_a_child_seals_its_parent_and_shows_all_ancestors(
     backup.backup(RunDirectory(tmp_path / "third"), tmp_path / "backup.tar", objects=True)
     backup.restore(tmp_path / "backup.tar", tmp_path / "restored")
     assert RunDirectory(tmp_path / "restored").ancestors() == RunDirectory(tmp_path / "third").ancestors()
+
+
+def test_adapters_are_trained_on_the_folders_model_and_a_child_starts_from_the_merged_one(
+    tmp_path: Path, folder: Path, corpus: Path
+) -> None:
+    toml = 'trainable = "lora"\n[training.optimizer]\nname = "adamw"'
+    spec = start(tmp_path / "adapters", corpus, from_hugging_face(folder), toml)
+    assert spec.trunk == manifest_of(FLAT).root.hex()
+    assert spec.num_trainable < MODEL.num_parameters
+    child = start(tmp_path / "child", corpus, from_run(str(tmp_path / "adapters"), None))
+    assert child.checkpoint == Checkpoint.initial(FLAT).root.hex()  # the adapters that a run starts with change nothing
+    assert child.parent is not None
+    assert child.parent.root == spec.checkpoint
 
 
 def test_a_chain_of_ancestors_is_checked_link_by_link(run_spec: RunSpec) -> None:

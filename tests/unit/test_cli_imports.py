@@ -57,11 +57,13 @@ def test_help_is_there_and_loads_nothing_slow(package: str) -> None:
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        (("swarm_node", "--help"), ("join", "demo", "version")),
+        (("swarm_node", "--help"), ("join", "demo", "export", "sample", "version")),
         (("swarm_node", "join", "--help"), ("--data-dir", "--name", "--token", "--trust", "--device")),
         (("swarm_node", "demo", "--help"), ("--nodes", "--rounds", "--cheaters", "--corpus", "--json")),
         (("swarm_coordinator", "--help"), ("init", "serve", "calibrate")),
-        (("swarm_coordinator", "init", "--help"), ("--corpus", "--spec", "--tolerances")),
+        (("swarm_node", "export", "--help"), ("--format", "--round", "--shard-size", "--merged")),
+        (("swarm_node", "sample", "--help"), ("--prompt", "--temperature", "--top-p", "--seed", "--json")),
+        (("swarm_coordinator", "init", "--help"), ("--corpus", "--spec", "--tolerances", "--from-hf", "--parent")),
         (("swarm_coordinator", "calibrate", "--help"), ("--out", "--quick")),
         (("swarm_coordinator", "serve", "--help"), ("--host", "--port")),
     ],

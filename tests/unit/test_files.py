@@ -1,4 +1,4 @@
-"""A file is whole or not there."""
+"""A file or a folder is whole or not there."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from swarm_protocol.errors import ConfigurationError
-from swarm_protocol.files import newest, remove_leftovers, write_atomic
+from swarm_protocol.files import new_folder, newest, remove_leftovers, write_atomic
 
 
 def test_the_buffers_are_written_one_after_another(tmp_path: Path) -> None:
@@ -113,3 +113,45 @@ def test_a_kill_leaves_the_file_whole_and_scraps_that_the_next_start_removes(tmp
 )
 def test_numbered_names_come_newest_first(names: list[Any], numbers: list[int]) -> None:
     assert newest(names, "round-") == numbers
+
+
+def test_a_folder_appears_whole(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "folder"
+    with new_folder(target) as building:
+        (building / "inner").mkdir()
+        (building / "inner" / "file").write_bytes(b"content")
+        assert not target.exists()
+    assert (target / "inner" / "file").read_bytes() == b"content"
+    assert [path.name for path in target.parent.iterdir()] == ["folder"]
+    with pytest.raises(ConfigurationError, match="not empty"), new_folder(target):
+        pass
+
+
+def test_nothing_is_left_of_a_folder_that_is_broken_off(tmp_path: Path) -> None:
+    def break_off() -> None:
+        with new_folder(tmp_path / "folder") as building:
+            (building / "file").write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(ConfigurationError, match="No space left"):
+        break_off()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_process_left_goes_the_next_time_and_what_another_one_fills_stays(tmp_path: Path) -> None:
+    script = (
+        "import os, signal, sys; from pathlib import Path; from swarm_protocol.files import new_folder\n"
+        "with new_folder(Path(sys.argv[1])) as building:\n"
+        "    (building / 'file').write_bytes(b'half'); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    died = subprocess.run([sys.executable, "-c", script, str(tmp_path / "folder")], timeout=60)
+    assert died.returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".folder.")
+    late = pytest.raises(ConfigurationError, match="not empty")
+    with late, new_folder(tmp_path / "folder") as one, new_folder(tmp_path / "folder") as other:
+        assert one.is_dir()
+        assert other.is_dir()
+        assert not left.exists()
+        (other / "file").touch()
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]

@@ -29,6 +29,7 @@ from fastapi import FastAPI
 from swarm_coordinator import config
 from swarm_coordinator.api.limits import Limits
 from swarm_coordinator.app import create_app
+from swarm_coordinator.connections import Connection
 from swarm_coordinator.run_directory import RunDirectory
 from swarm_coordinator.service import Service, offices, open_service
 from swarm_coordinator.supervisor import kill_all, supervise
@@ -158,6 +159,7 @@ class _Server(uvicorn.Server):
     def __init__(self, app: FastAPI, serving: config.Server, announcement: str | None) -> None:
         settings = uvicorn.Config(
             app,
+            http=Connection,
             log_config=None,
             access_log=False,
             lifespan="off",

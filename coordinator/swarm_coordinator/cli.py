@@ -192,10 +192,14 @@ def audit(
 
     An auditor elsewhere has a key of its own, which the run owner has to appoint: swarm-coordinator appoint DIR KEY.
     """
+    from functools import partial
+
+    from swarm_coordinator.db.signing import open_ledger
     from swarm_coordinator.run_directory import RunDirectory
     from swarm_protocol import auditor
     from swarm_protocol.errors import ConfigurationError
     from swarm_protocol.identity import Identity
+    from swarm_protocol.signing import SigningLedger
 
     remote = where.startswith(("http://", "https://"))
     directory = Path.home() / ".local" / "share" / "swarm-auditor" if remote else Path(where)
@@ -206,7 +210,9 @@ def audit(
     if key is None:
         key = directory / "identity"
         typer.echo(f"auditing with the key {Identity.load_or_create(key).peer_id}; the run owner has to appoint it")
-    asyncio.run(_until_stopped(auditor.run(directory, address, key, threads=threads)))
+    opening = SigningLedger if remote else partial(open_ledger, RunDirectory(directory))
+    work = auditor.run(directory, address, key, threads=threads, open_ledger=opening)
+    asyncio.run(_until_stopped(work))
 
 
 @app.command()

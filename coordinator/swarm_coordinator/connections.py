@@ -1,4 +1,4 @@
-"""HTTP connections as uvicorn has them, and one promise more: a request's head is there within `HEAD_S`, or the connection ends.
+"""HTTP connections as uvicorn has them, with one promise more: a request whose head is not there within `HEAD_S` ends them.
 
 That holds from the first byte on, for a connection's first request from the connection on. Bodies have limits of their own.
 """

@@ -28,7 +28,7 @@ INSERT = "INSERT INTO signed VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING"
 
 
 class SigningLedger:
-    """Signs records for one identity, from several threads if need be. A file of SQLite's, where no subclass says otherwise."""
+    """Signs records for one identity, from several threads if need be: in a file of SQLite's, or where a subclass says."""
 
     def __init__(self, path: Path, identity: Identity) -> None:
         self._identity = identity

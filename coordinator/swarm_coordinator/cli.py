@@ -221,12 +221,17 @@ def appoint(
 ) -> None:
     """Let somebody else's auditor give verdicts in a run. A coordinator that is running takes note within seconds."""
     from swarm_coordinator import owner
+    from swarm_coordinator.db.archive import Archive
     from swarm_coordinator.run_directory import RunDirectory
+    from swarm_protocol.errors import ConfigurationError
     from swarm_protocol.identity import peer_id
 
     home = RunDirectory(directory)
     home.spec()
     raw = owner.key_of(key)
+    with owner.transaction(home) as (session, run):
+        if Archive(session, run).dismissed(raw):
+            raise ConfigurationError(f"{peer_id(raw)} was dismissed as an auditor of this run, which is for good")
     home.appoint(raw)
     typer.echo(f"{peer_id(raw)} may audit")
 

@@ -81,10 +81,11 @@ class Witness:
 class Victim:
     """The coordinator's process, on one port for ever."""
 
-    def __init__(self, folder: Path, port: int, database: str | None) -> None:
-        self._log = (folder / "serve.log").open("ab")
+    def __init__(self, folder: Path, port: int) -> None:
+        self._written = folder / "serve.log"
+        self._log = self._written.open("ab")
         self._command = [sys.executable, "-m", "swarm_coordinator", "serve", str(folder), "--no-workers"]
-        self._command += ["--port", str(port), *([] if database is None else ["--database", database])]
+        self._command += ["--port", str(port)]
         self._process: asyncio.subprocess.Process | None = None
 
     async def start(self) -> None:
@@ -97,7 +98,10 @@ class Victim:
         async with asyncio.timeout(START_S):
             line = await self._process.stdout.readline()
         if b"serving run" not in line:
-            raise SystemExit(f"the coordinator did not start again: {self._log.name}")
+            raise SystemExit(f"the coordinator did not start:\n{self.last_words()}")
+
+    def last_words(self) -> str:
+        return self._written.read_text()[-2000:]
 
     async def kill(self) -> None:
         assert self._process is not None
@@ -130,12 +134,12 @@ async def trial(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         open_s=1.0,
         audited=1.0,
     )
-    spec = make_run(folder, shape)
+    spec = make_run(folder, shape, options.database)
     port = free_port()
     swarm = Swarm(spec, shape, "127.0.0.1", port, persistent=True)
     witness = Witness(bytes.fromhex(spec.coordinator))
     swarm.acknowledged, swarm.received = witness.take_receipt, witness.take_records
-    victim = Victim(folder, port, options.database)
+    victim = Victim(folder, port)
     await victim.start()
     await victim.serves()
     killed: list[str] = []
@@ -186,7 +190,7 @@ async def trial(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         "rounds": shape.rounds,
         "acknowledged": len(witness.acknowledged),
         **compared(entries, witness),
-        **ledger(options.database or RunDirectory(folder).database_url(), spec.run_id),
+        **ledger(RunDirectory(folder).database_url(), spec.run_id),
         "server_errors": [kind for kind in swarm.meter.errors if " 5" in kind],
         "refusals": dict(swarm.meter.errors),
         "wall_s": round(time.monotonic() - began_s, 1),
@@ -303,7 +307,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--nodes", type=int, default=8)
-    parser.add_argument("--database", help="the coordinator's --database")
+    parser.add_argument("--database", help="the URL of the coordinator's database (default: SQLite)")
     options = parser.parse_args()
     if options.seed is None:
         options.seed = secrets.randbelow(1 << 32)

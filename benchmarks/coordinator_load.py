@@ -41,13 +41,12 @@ TOP = 30
 class Server:
     """The coordinator as a process, and what it costs."""
 
-    def __init__(self, folder: Path, database: str | None, profile: Path | None) -> None:
+    def __init__(self, folder: Path, profile: Path | None) -> None:
         program = ["-m", "swarm_coordinator"]
         if profile is not None:
             program = [str(Path(__file__).with_name("coordinator_profiled.py")), str(profile)]
         command = [sys.executable, *program, "serve", str(folder), "--no-workers", "--port", "0"]
         self._log = (folder / "serve.log").open("wb")
-        command += [] if database is None else ["--database", database]
         self._child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self._log, text=True)
         assert self._child.stdout is not None
         line = self._child.stdout.readline()
@@ -182,7 +181,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--slots", type=int, help="in a round (default: all nodes)")
     parser.add_argument("--pace", type=float, default=1.0, help="how much faster than rounds of 60 s")
-    parser.add_argument("--database", help="the coordinator's --database")
+    parser.add_argument("--database", help="the URL of the coordinator's database (default: SQLite)")
     parser.add_argument("--herd", action="store_true", help="openings and first heartbeats all at once")
     parser.add_argument("--joins-per-s", type=float, default=200.0, help="registrations a second")
     parser.add_argument("--timeout", type=float, help="stop after this many seconds, and report as an error")
@@ -211,9 +210,9 @@ def main() -> None:
         joins_per_s=options.joins_per_s,
     )
     with tempfile.TemporaryDirectory(prefix="coordinator-load-") as folder:
-        spec = make_run(Path(folder) / "run", shape)
+        spec = make_run(Path(folder) / "run", shape, options.database)
         stacks = (options.stacks or Path(folder) / "stacks") if options.profile else None
-        server = Server(Path(folder) / "run", options.database, stacks)
+        server = Server(Path(folder) / "run", stacks)
         try:
             swarm = Swarm(spec, shape, "127.0.0.1", server.port)
             print(f"signing ahead for {shape.nodes} nodes", file=sys.stderr, flush=True)

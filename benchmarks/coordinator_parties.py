@@ -93,11 +93,13 @@ def key(name: str, number: int = 0) -> Identity:
     return Identity.from_seed(blake3(f"{name} {number}".encode()).digest())
 
 
-def make_run(folder: Path, shape: Shape) -> RunSpec:
-    """Write a run directory for a model that is next to nothing."""
+def make_run(folder: Path, shape: Shape, database: str | None = None) -> RunSpec:
+    """Write a run directory for a model that is next to nothing, with its database at this URL, or in it."""
     home = RunDirectory(folder)
     coordinator = key("coordinator")
     coordinator.save(home.coordinator_key)
+    if database is not None:
+        home.config_file.write_text(f"[database]\nurl = {json.dumps(database)}\n")
     key("worker").save(home.worker_key)
     for number in range(AUDITORS):
         key("auditor", number).save(home.auditor_key(number))

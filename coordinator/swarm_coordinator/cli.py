@@ -214,10 +214,14 @@ def audit(
 
     An auditor elsewhere has a key of its own, which the run owner has to appoint: swarm-coordinator appoint DIR KEY.
     """
+    from functools import partial
+
+    from swarm_coordinator.db.signing import open_ledger
     from swarm_coordinator.run_directory import RunDirectory
     from swarm_protocol import auditor
     from swarm_protocol.errors import ConfigurationError
     from swarm_protocol.identity import Identity
+    from swarm_protocol.signing import SigningLedger
 
     remote = where.startswith(("http://", "https://"))
     directory = Path.home() / ".local" / "share" / "swarm-auditor" if remote else Path(where)
@@ -228,7 +232,9 @@ def audit(
     if key is None:
         key = directory / "identity"
         typer.echo(f"auditing with the key {Identity.load_or_create(key).peer_id}; the run owner has to appoint it")
-    asyncio.run(_until_stopped(auditor.run(directory, address, key, threads=threads)))
+    opening = SigningLedger if remote else partial(open_ledger, RunDirectory(directory))
+    work = auditor.run(directory, address, key, threads=threads, open_ledger=opening)
+    asyncio.run(_until_stopped(work))
 
 
 @app.command()
@@ -237,12 +243,17 @@ def appoint(
 ) -> None:
     """Let somebody else's auditor give verdicts in a run. A coordinator that is running takes note within seconds."""
     from swarm_coordinator import owner
+    from swarm_coordinator.db.archive import Archive
     from swarm_coordinator.run_directory import RunDirectory
+    from swarm_protocol.errors import ConfigurationError
     from swarm_protocol.identity import peer_id
 
     home = RunDirectory(directory)
     home.spec()
     raw = owner.key_of(key)
+    with owner.transaction(home) as (session, run):
+        if Archive(session, run).dismissed(raw):
+            raise ConfigurationError(f"{peer_id(raw)} was dismissed as an auditor of this run, which is for good")
     home.appoint(raw)
     typer.echo(f"{peer_id(raw)} may audit")
 

@@ -8,6 +8,7 @@ there or was never sent: no signature is ever remade.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from sqlalchemy import delete, func, select
@@ -19,6 +20,7 @@ from swarm_coordinator.db.archive import Archive
 from swarm_coordinator.db.machine_codec import encode_state
 from swarm_coordinator.db.tables import (
     CONTRIBUTION,
+    AuditRow,
     EquivocationRow,
     EventRow,
     InviteRow,
@@ -61,6 +63,7 @@ from swarm_protocol.records import (
     CheckpointReport,
     Commitment,
     CommitmentSet,
+    Dismissal,
     Envelope,
     Equivocation,
     Evaluation,
@@ -115,6 +118,10 @@ class Entry:
         self._run = office.spec.run_id
         self._writing = Writing(session, self._run, log, seq, now_ms)
         self._seen: list[bytes] = []
+
+    @property
+    def spec(self) -> RunSpec:
+        return self._office.spec
 
     @property
     def seq(self) -> int:
@@ -196,9 +203,20 @@ class Entry:
 
     def appoint(self, role: Role, key: bytes) -> None:
         """Give a key an office, by a signed record."""
-        sequence = self._session.scalar(select(func.count()).select_from(OfficeRow).filter_by(run=self._run)) or 0
+        sequence = self.archive.count(Appointment.kind, self._office.identity.public_key)
         self._sign(Appointment(run=self._run, round=0, sequence=sequence, role=role, key=key))
         self._session.add(OfficeRow(run=self._run, key=key, role=role.value))
+
+    def dismiss(self, key: bytes, reason: str) -> bool:
+        """Take an auditor's office back, by a signed record, and resolve open audits without it; False for no auditor."""
+        if not self.archive.holds_office(key, Role.AUDITOR):
+            return False
+        sequence = self.archive.count(Dismissal.kind, self._office.identity.public_key)
+        cause = Cause.of(self._sign(Dismissal(run=self._run, round=0, sequence=sequence, key=key, reason=reason)))
+        self.archive.end_office(key, Role.AUDITOR)
+        self._resolve(self.archive.unresolved(), reason, cause)
+        self.topics.add("audits")
+        return True
 
     def note_evidence(self, auditor: bytes, record: Evidence) -> None:
         """Pin the objects that stored evidence names."""
@@ -224,24 +242,29 @@ class Entry:
         self._session.add(row)
         self._session.flush()
         self.topics.add("audits")
-        if audit.outcome is not None:
-            return
-        outcome = resolve(
-            self.archive.verdicts(audit),
-            len(set(self.archive.offices(Role.AUDITOR)) - {audit.peer}),
-            self._office.spec.audit,
-            acceptances=acceptances_needed(audit.audited),
-        )
-        if outcome is None:
-            return
-        cause = Cause.of(stored)
-        reason = self._books.resolved(audit, outcome, verdict.reason, cause)
-        if reason is not None:
-            self.archive.drop_audits(audit.peer)
-        self._books.settle(cause)
-        self._state_if_ended()
-        if reason is not None:
-            self.apply(NodeGone(audit.peer))
+        self._resolve([audit], verdict.reason, Cause.of(stored))
+
+    def _resolve(self, audits: Iterable[AuditRow], reason: str, cause: Cause) -> None:
+        """Give an outcome to those that have none, and verdicts enough of who is an auditor now; do what follows."""
+        auditors = set(self.archive.offices(Role.AUDITOR))
+        resolved, gone = False, list[bytes]()
+        for audit in audits:
+            if audit.outcome is not None:
+                continue
+            counted = {key: outcome for key, outcome in self.archive.verdicts(audit).items() if key in auditors}
+            others, acceptances = len(auditors - {audit.peer}), acceptances_needed(audit.audited)
+            outcome = resolve(counted, others, self._office.spec.audit, acceptances=acceptances)
+            if outcome is None:
+                continue
+            resolved = True
+            if self._books.resolved(audit, outcome, reason, cause) is not None:
+                self.archive.drop_audits(audit.peer)
+                gone.append(audit.peer)
+        if resolved:
+            self._books.settle(cause)
+            self._state_if_ended()
+        for peer in gone:
+            self.apply(NodeGone(peer))
 
     def expose(self, first: Envelope, second: Envelope) -> None:
         """Sign, store and act on the proof that somebody signed both of these, once; heartbeats prove nothing."""

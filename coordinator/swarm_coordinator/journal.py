@@ -244,7 +244,7 @@ class Journal:
             return self.read(lambda archive: archive.holds_office(key, role))
 
         def change(entry: Entry) -> None:
-            if not entry.archive.holds_office(key, role):
+            if not entry.archive.holds_office(key, role) and not entry.archive.dismissed(key):
                 entry.appoint(role, key)
 
         self._alone(change, now_ms)

@@ -15,6 +15,7 @@ from swarm_coordinator.recovery import RECOVER
 from swarm_coordinator.round_events import Pause, Stop
 from swarm_coordinator.rounds import Phase
 from swarm_protocol.identity import peer_id
+from swarm_protocol.records import Role
 
 log = logging.getLogger(__name__)
 
@@ -69,5 +70,14 @@ def _done(entry: Entry, kind: str, argument: dict[str, str]) -> str:
                 "it has not registered in this run" if node is None else f"its standing had ended: {node.ended_reason}"
             )
             return f"nothing was changed for {peer_id(key)}: {reason}"
+        case "dismiss":
+            key = bytes.fromhex(argument["key"])
+            auditors = set(entry.archive.offices(Role.AUDITOR))
+            needed = entry.spec.audit.rejecting_auditors
+            if key in auditors and len(auditors) <= needed:
+                return f"nothing was changed: a rejection takes {needed} auditors, so appoint another one first"
+            if entry.dismiss(key, argument["reason"]):
+                return f"{peer_id(key)} audits no more; {len(auditors) - 1} auditors are left"
+            return f"nothing was changed: {peer_id(key)} is no auditor of this run"
         case _:
             raise ValueError("this version does not know it")

@@ -22,7 +22,7 @@ SEVERAL_ADDRESSES = ("0.0.0.0", "::")  # noqa: S104  # it is only compared with
 
 def register(app: typer.Typer) -> None:
     """Add these commands to the program."""
-    for command in (invite, allow, pause, resume, stop, ban, status, keys, backup, restore):
+    for command in (invite, allow, pause, resume, stop, ban, dismiss, status, keys, backup, restore):
         app.command()(command)
 
 
@@ -128,6 +128,19 @@ def ban(
     if not 0 < len(reason) <= 450:
         raise ConfigurationError("--reason takes 1 to 450 characters; it is published with the ban")
     _order(directory, "ban", {"key": owner.key_of(key).hex(), "reason": reason})
+
+
+def dismiss(
+    directory: Directory,
+    key: Annotated[str, typer.Argument(help="The auditor's key, as PeerID or in hex.")],
+    reason: Annotated[str, typer.Option(help="Why; it is published.", show_default=False)],
+) -> None:
+    """Take an auditor's office back for good, by a signed record: its verdicts are refused, and count in no open audit."""
+    from swarm_coordinator import owner
+
+    if not 0 < len(reason) <= 450:
+        raise ConfigurationError("--reason takes 1 to 450 characters; it is published with the dismissal")
+    _order(directory, "dismiss", {"key": owner.key_of(key).hex(), "reason": reason})
 
 
 def status(

@@ -29,9 +29,11 @@ from fastapi import FastAPI
 from swarm_coordinator import config
 from swarm_coordinator.api.limits import Limits
 from swarm_coordinator.app import create_app
+from swarm_coordinator.connections import Connection
 from swarm_coordinator.run_directory import RunDirectory
 from swarm_coordinator.service import Service, offices, open_service
 from swarm_coordinator.supervisor import kill_all, supervise
+from swarm_coordinator.workers import employ
 from swarm_protocol.errors import ConfigurationError, SwarmError
 from swarm_protocol.records import Role
 
@@ -100,7 +102,8 @@ async def serve(directories: Sequence[Path], settings: config.CoordinatorConfig,
                     for home, spec in zip(homes, specs, strict=True):
                         where = f"{url}/v1/runs/{spec.run_id.hex()}"
                         label = f" of {spec.name}" if len(specs) > 1 else ""
-                        commands |= _commands(home, where, serving.host, label)
+                        workers = _commands(home, where, serving.host, label)
+                        others.append(tasks.create_task(employ(home, workers)))
                         exports = _exports(settings.metrics, where, label)
                         others += [tasks.create_task(supervise(*export, once=True)) for export in exports.items()]
                 others += [tasks.create_task(supervise(name, command)) for name, command in commands.items()]
@@ -158,6 +161,7 @@ class _Server(uvicorn.Server):
     def __init__(self, app: FastAPI, serving: config.Server, announcement: str | None) -> None:
         settings = uvicorn.Config(
             app,
+            http=Connection,
             log_config=None,
             access_log=False,
             lifespan="off",

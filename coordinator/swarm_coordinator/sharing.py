@@ -17,6 +17,7 @@ from sqlalchemy.engine import Engine
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
+from swarm_coordinator.api.problems import LimitedError
 from swarm_coordinator.db.leadership import Leadership, Listener, notify
 from swarm_coordinator.db.tables import InboxRow
 from swarm_coordinator.entry import Entry
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 INBOX = "inbox"
 ANSWER_S = 15.0
 CAMPAIGN_S = 1.0
+AWAY_S = 2.0
 MAX_GROUP = 256
 
 
@@ -93,9 +95,10 @@ def answered(session: Session, number: int) -> Receipt | RefusedError | None:
     return None if found is None else _answer(found)
 
 
-def away() -> RefusedError:
+def away() -> LimitedError:
     """What is said when no driver answers."""
-    return RefusedError("the coordinator is changing hands; send it again", status=503, code="changing-hands")
+    reason = "the coordinator is changing hands; send it again"
+    return LimitedError(reason, status=503, code="changing-hands", retry_after_s=AWAY_S)
 
 
 def topic(number: int) -> str:

@@ -17,6 +17,7 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
+from swarm_coordinator.db.signing import open_ledger
 from swarm_coordinator.evaluating import Evaluator, wants_sample
 from swarm_coordinator.run_directory import RunDirectory
 from swarm_coordinator.selecting import Selecting
@@ -72,7 +73,7 @@ async def run(directory: Path, url: str, host: str | None = None) -> None:
         listen = f"/ip4/{_host(host or url)}/tcp/{_port(directory / 'worker' / 'peer-port')}"
         plane = await PeerPlane.start(home.worker_key, client.spec.run_id, listen=[listen])
         try:
-            with SigningLedger(directory / "worker" / "signed.db", identity) as ledger:
+            with open_ledger(home, directory / "worker" / "signed.db", identity) as ledger:
                 evaluator = Evaluator(directory)
                 await CheckpointWorker(client, plane, ledger, Store(home.objects_url()), evaluator).run()
         finally:

@@ -49,7 +49,14 @@ Name = tuple[int, int, int | None]
 """The round, the slot, and the part where an average is audited."""
 
 
-async def run(directory: Path, url: str, key_path: Path, *, threads: int = 1) -> None:
+async def run(
+    directory: Path,
+    url: str,
+    key_path: Path,
+    *,
+    threads: int = 1,
+    open_ledger: Callable[[Path, Identity], SigningLedger] = SigningLedger,
+) -> None:
     """Audit until cancelled, with the key in `key_path`; caches data and checkpoints beside it.
 
     Raises:
@@ -63,7 +70,7 @@ async def run(directory: Path, url: str, key_path: Path, *, threads: int = 1) ->
         training.configure(threads)
         plane = await PeerPlane.start(key_path, client.spec.run_id, initial_peers=bootstrap, client_only=True)
         try:
-            with SigningLedger(folder / "signed.db", identity) as ledger:
+            with open_ledger(folder / "signed.db", identity) as ledger:
                 await Auditor(client, plane, ledger, folder, threads=threads).run()
         finally:
             await plane.close()

@@ -25,6 +25,7 @@ from swarm_protocol.records import (
     Commitment,
     CommitmentSet,
     CreditStatement,
+    Dismissal,
     Envelope,
     Equivocation,
     Evaluation,
@@ -45,7 +46,8 @@ from swarm_protocol.round_history import Drawn, Moot, Round
 from swarm_protocol.spec import RunSpec
 
 COORDINATORS = (
-    Appointment, RoundPlan, CommitmentSet, RoundManifest, CheckpointManifest, BeaconReveal, CreditStatement, Ban, RunEnd,
+    Appointment, Dismissal, RoundPlan, CommitmentSet, RoundManifest, CheckpointManifest, BeaconReveal, CreditStatement,
+    Ban, RunEnd,
 )  # fmt: skip
 """What the coordinator alone may sign."""
 
@@ -128,6 +130,8 @@ class History:
         match record:
             case Appointment():
                 self._offices.add((record.role, record.key))
+            case Dismissal():
+                self._dismiss(record)
             case RoundPlan():
                 self._plan(record)
             case CommitmentSet():
@@ -193,7 +197,7 @@ class History:
     # What ends audits, and standings
 
     def _judge(self, key: bytes, verdict: Verdict | PartVerdict) -> None:
-        found, slot, policy = self._round(verdict), verdict.slot, self.spec.audit
+        found, slot = self._round(verdict), verdict.slot
         if isinstance(verdict, PartVerdict):
             part, audited, due = verdict.part, verdict.part_record, verdict.part
             what = f"the average of part {part} by slot {slot}"
@@ -206,24 +210,50 @@ class History:
         if audit.peer == key:
             raise SignatureError(f"a verdict on {what} in round {verdict.round} by whose it is")
         audit.verdicts[key] = verdict.outcome
+        if self._resolve(audit, (verdict.round, slot, part), verdict, verdict.reason):
+            self.ledger.settle(verdict)
+
+    def _dismiss(self, record: Dismissal) -> None:
+        """An auditor's office ends. Open audits are resolved anew, by the verdicts of the auditors that there are."""
+        if record.key not in self.auditors():
+            raise InvalidDataError(f"a dismissal of {peer_id(record.key)}, who is no auditor")
+        self._offices.remove((Role.AUDITOR, record.key))
+        waiting = [
+            (number, slot, part)
+            for number, found in enumerate(self.rounds)
+            for (slot, part), audit in found.audits.items()
+            if audit.outcome is None
+        ]
+        resolved = False
+        for where in sorted(waiting, key=lambda place: (place[0], place[1], -1 if place[2] is None else place[2])):
+            number, slot, part = where
+            resolved |= self._resolve(self.rounds[number].audits[slot, part], where, record, record.reason)
+        if resolved:
+            self.ledger.settle(record)
+
+    def _resolve(self, audit: Drawn, where: tuple[int, int, int | None], cause: Record, reason: str) -> bool:
+        """Give an audit an outcome, if it has none and there are verdicts enough, and do what follows but for settling."""
         if audit.outcome is not None:
-            return
-        others = len(self.auditors() - {audit.peer})
-        outcome = resolve(audit.verdicts, others, policy, acceptances=acceptances_needed(audit.audited))
+            return False
+        number, slot, part = where
+        auditors, policy = self.auditors(), self.spec.audit
+        counted = {key: outcome for key, outcome in audit.verdicts.items() if key in auditors}
+        others = len(auditors - {audit.peer})
+        outcome = resolve(counted, others, policy, acceptances=acceptances_needed(audit.audited))
         if outcome is None:
-            return
-        self._close(audit, verdict.round, slot, outcome)
-        before, commitment = self.account(audit.peer), found.commitments[slot]
+            return False
+        self._close(audit, number, slot, outcome)
+        before, commitment = self.account(audit.peer), self.rounds[number].commitments[slot]
         if part is None:
-            rule = ruling(before, outcome, round=verdict.round, tokens=commitment.tokens, policy=policy)
+            rule = ruling(before, outcome, round=number, tokens=commitment.tokens, policy=policy)
         else:
-            rule = reduction_ruling(before, outcome, verdict.reason, round=verdict.round, policy=policy)
+            rule = reduction_ruling(before, outcome, reason, round=number, policy=policy)
         if rule.forfeits_contribution:
-            self.ledger.forfeit(verdict, [(verdict.round, slot)])
+            self.ledger.forfeit(cause, [(number, slot)])
         if rule.forfeits_everything:
-            self.ledger.forfeit_all(verdict, audit.peer)
+            self.ledger.forfeit_all(cause, audit.peer)
         self._store(audit.peer, rule.account)
-        self.ledger.settle(verdict)
+        return True
 
     def _equivocated(self, key: bytes, report: Equivocation) -> None:
         if key != self._coordinator and all(key != holder for _, holder in self._offices) and not self._stands(key):

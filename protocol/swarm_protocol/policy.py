@@ -102,6 +102,8 @@ def resolve(
         acceptances: how many are enough (see `acceptances_needed`).
     """
     votes = Counter(verdicts.values())
+    if not votes:
+        return None
     if votes[Outcome.REJECTED] >= policy.rejecting_auditors:
         return Outcome.REJECTED
     if votes[Outcome.ACCEPTED] >= min(acceptances, auditors) and not votes[Outcome.REJECTED]:
@@ -109,7 +111,7 @@ def resolve(
     for outcome in (Outcome.ACCEPTED, Outcome.UNAVAILABLE, Outcome.INCONCLUSIVE):
         if votes[outcome] >= AGREEING_AUDITORS:
             return outcome
-    if not votes or votes.total() < auditors:
+    if votes.total() < auditors:
         return None
     if votes[Outcome.ACCEPTED] and not votes[Outcome.REJECTED]:
         return Outcome.ACCEPTED

@@ -24,9 +24,11 @@ CREATE TABLE IF NOT EXISTS signed (
 ) WITHOUT ROWID
 """
 
+INSERT = "INSERT INTO signed VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING"
+
 
 class SigningLedger:
-    """Signs records for one identity; safe to use from several threads."""
+    """Signs records for one identity, from several threads if need be: in a file of SQLite's, or where a subclass says."""
 
     def __init__(self, path: Path, identity: Identity) -> None:
         self._identity = identity
@@ -61,7 +63,7 @@ class SigningLedger:
         """
         envelope = Envelope.sign(self._identity, record)
         name = (self._identity.public_key, record.run, record.kind, record.round, record.sequence)
-        self._execute("INSERT OR IGNORE INTO signed VALUES (?, ?, ?, ?, ?, ?)", *name, envelope.encode())
+        self._execute(INSERT, *name, envelope.encode())
         stored = self.find(record.run, record.kind, record.round, record.sequence)
         if stored is None or stored.body != record.body:
             raise EquivocationError(

@@ -13,6 +13,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from swarm_coordinator.app import create_app
+from swarm_coordinator.connections import Connection
 from swarm_coordinator.service import Service, open_service
 from swarm_protocol.records import CommitmentSet, Envelope, RoundPlan, decode_list
 
@@ -96,7 +97,7 @@ class _Server(uvicorn.Server):
 async def listening(app: FastAPI) -> AsyncIterator[str]:
     """The application on a port of this machine; its URL."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        config = uvicorn.Config(app, log_config=None, lifespan="off", timeout_graceful_shutdown=1)
+        config = uvicorn.Config(app, http=Connection, log_config=None, lifespan="off", timeout_graceful_shutdown=1)
         server = _Server(config)
         task = asyncio.create_task(server.serve(sockets=[listener]))
         try:

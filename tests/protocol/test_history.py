@@ -26,6 +26,7 @@ from swarm_protocol.records import (
     Appointment,
     BeaconReveal,
     CommitmentSet,
+    Dismissal,
     Envelope,
     NonceOpening,
     Outcome,
@@ -285,3 +286,47 @@ def test_what_a_coordinator_says_against_its_log_is_named(stage: Any, change: st
     assert not found["agree"]
     assert any(named in difference for difference in found["differences"]), found["differences"]
     assert all(f"DIFFERENT: {difference}" in lines for difference in found["differences"])
+
+
+def test_open_audits_are_resolved_anew_without_an_auditor_that_is_dismissed(stage: Any) -> None:
+    stays, goes = stage.cast.auditors
+    stage.play(0)
+    for slot, outcome in ((1, I), (2, R), (3, U)):
+        stage.submit(stage.cast.verdict(stays, stage.commitments[slot], outcome))
+    stage.submit(stage.cast.verdict(goes, stage.commitments[4], I))
+    with stage.journal._entry(stage.cast.now_ms) as entry:
+        assert entry.dismiss(goes.public_key, "its key was lost")
+        assert not entry.dismiss(goes.public_key, "again")
+    history = replayed(stage, stage.log())
+    the_same(stage, history)
+    outcomes = [history.rounds[0].audits[slot, None].outcome for slot in range(1, 5)]
+    assert outcomes == [I, I, U, None]
+    with pytest.raises(RefusedError, match="only an appointed auditor"):
+        stage.submit(stage.cast.verdict(goes, stage.commitments[0]))
+    stage.submit(stage.cast.verdict(stays, stage.commitments[4], A))
+    stage.journal.appoint(Role.AUDITOR, goes.public_key, stage.cast.now_ms)
+    history = replayed(stage, stage.log())
+    the_same(stage, history)
+    assert history.auditors() == {stays.public_key}
+    assert history.rounds[0].audits[4, None].outcome is A
+    stage.play(1)
+    the_same(stage, replayed(stage, stage.log()))
+
+
+def test_a_dismissal_is_the_coordinators_and_of_an_auditor_and_ends_its_say(stage: Any) -> None:
+    stage.play(0)
+    log, cast = stage.log(), stage.cast
+    coordinator = Identity.load(cast.home.coordinator_key)
+    auditor = cast.auditors[0]
+    record = Dismissal(run=cast.run, round=0, key=auditor.public_key, reason="its key was lost")
+    dismissed = Envelope.sign(coordinator, record)
+    verdict = cast.verdict(auditor, stage.commitments[0])
+    replayed(stage, [*log, verdict])
+    for tail, words in (
+        ([Envelope.sign(auditor, record)], "who is not the run's coordinator"),
+        ([dismissed, verdict], "who was not appointed as auditor"),
+        ([dismissed, cast.changed(coordinator, record, sequence=1)], "who is no auditor"),
+        ([cast.changed(coordinator, record, key=cast.worker.public_key)], "who is no auditor"),
+    ):
+        with pytest.raises(InvalidDataError, match=words):
+            replayed(stage, [*log, *tail])

@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from swarm_coordinator.api.limits import Buckets, Limits, address_of
+from swarm_coordinator.sharing import away
 from swarm_protocol.client import CoordinatorClient
 from swarm_protocol.errors import ConfigurationError, UnreachableError
 from swarm_protocol.http import persist
@@ -235,3 +236,23 @@ def test_a_client_does_not_wait_beyond_its_deadline() -> None:
     with pytest.raises(UnreachableError, match="busy"):
         asyncio.run(persist(busy, deadline_s=5))
     assert calls == 1
+
+
+def test_while_a_coordinator_changes_hands_it_says_when_to_come_back(
+    make_cast: MakeCast, play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cast = make_cast()
+
+    async def script(api: Api) -> None:
+        async def nobody(*_: object) -> None:
+            raise away()
+
+        monkeypatch.setattr(api.service, "submit", nobody)
+        answer = await api.offer(cast.registration(cast.nodes[0]))
+        assert (answer.status_code, answer.json()["code"], answer.headers["retry-after"]) == (
+            503,
+            "changing-hands",
+            "2",
+        )
+
+    play(cast, script)

@@ -30,7 +30,7 @@ from swarm_coordinator.rounds import Phase
 from swarm_protocol.errors import ConfigurationError, RefusedError
 from swarm_protocol.history import History
 from swarm_protocol.identity import Identity, peer_id
-from swarm_protocol.records import Ban, RunEnd
+from swarm_protocol.records import Ban, Role, RunEnd
 
 MakeCast = Callable[..., Any]
 MakeStage = Callable[..., Any]
@@ -296,3 +296,23 @@ def self_signed(folder: Path) -> tuple[Path, Path]:
         )
     )
     return certificate, key
+
+
+@ON_EVERY_DATABASE
+def test_an_auditor_is_dismissed_for_good_but_never_so_many_that_none_could_reject(make_stage: MakeStage) -> None:
+    stage = make_stage(nodes=2)
+    key = stage.cast.auditors[0].public_key
+    assert "appoint another one first" in ordered(stage, "dismiss", key=key.hex(), reason="lost")
+    third = Identity.from_seed(b"3" * 32).public_key
+    stage.cast.home.appoint(third)
+    stage.journal.appoint(Role.AUDITOR, third, stage.cast.now_ms)
+    assert (
+        ordered(stage, "dismiss", key=key.hex(), reason="lost") == f"{peer_id(key)} audits no more; 2 auditors are left"
+    )
+    assert "is no auditor of this run" in ordered(stage, "dismiss", key=key.hex(), reason="lost")
+    stage.journal.appoint(Role.AUDITOR, key, stage.cast.now_ms)
+    assert verified(stage).auditors() == {stage.cast.auditors[1].public_key, third}
+    done = subprocess.run(
+        [*COMMAND, "appoint", str(stage.cast.home.root), key.hex()], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, "which is for good" in done.stderr) == (2, True)

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from sqlalchemy import text
 
+from swarm_coordinator import workers
 from swarm_coordinator.app import create_app
+from swarm_coordinator.db.engine import open_database
+from swarm_coordinator.db.signing import open_ledger
 from swarm_coordinator.journal import LOST, Journal, LostOfficeError
 from swarm_coordinator.service import Service, open_service
+from swarm_protocol.errors import EquivocationError
 from swarm_protocol.log import Log, leaf_hash
 from swarm_protocol.records import Envelope, RoundPlan, decode_list
+from swarm_protocol.signing import SigningLedger
 
 pytestmark = pytest.mark.swarm
 
@@ -151,3 +159,80 @@ def test_a_service_whose_run_was_taken_over_says_so_and_its_clock_stops(make_cas
             other.close()
 
     asyncio.run(script())
+
+
+def written(path: Path) -> list[str]:
+    return path.read_text().split() if path.exists() else []
+
+
+def lives(pid: str) -> bool:
+    return Path(f"/proc/{pid}").exists()
+
+
+async def gone(pid: str) -> None:
+    while True:
+        if not lives(pid):
+            return
+        await asyncio.sleep(0.05)  # somebody else's child: there is no event to await
+
+
+async def started(path: Path, count: int) -> list[str]:
+    """The process ids that workers left, once there are so many of them."""
+    while True:
+        found = written(path)
+        if len(found) >= count:
+            return found
+        await asyncio.sleep(0.05)  # a process of its own writes it: there is no event to await
+
+
+@pytest.mark.usefixtures("database_url")
+def test_one_process_has_the_workers_and_if_it_is_gone_or_cut_off_another_one(
+    make_cast: MakeCast, tmp_path: Path
+) -> None:
+    cast = make_cast()
+    pids = tmp_path / "pids"
+    script = f"import os, time; open({str(pids)!r}, 'a').write(f'{{os.getpid()}} '); time.sleep(600)"
+    command = {"worker": [sys.executable, "-c", script]}
+
+    async def script_of_two() -> None:
+        async with asyncio.timeout(60):
+            first, second = (asyncio.create_task(workers.employ(cast.home, command)) for _ in range(2))
+            await started(pids, 1)
+            await asyncio.sleep(2 * workers.LOOK_S)
+            (one,) = await started(pids, 1)
+            engine = open_database(cast.home.database_url())
+            with engine.connect() as connection:
+                connection.execute(
+                    text("SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory' AND granted")
+                )
+            engine.dispose()
+            other = (await started(pids, 2))[1]
+            await gone(one)
+            for task in (first, second):
+                task.cancel()
+            await asyncio.wait([first, second])
+            assert not lives(other)
+
+    asyncio.run(script_of_two())
+
+
+@pytest.mark.usefixtures("database_url")
+def test_what_a_worker_signed_on_one_machine_is_known_on_the_next(make_cast: MakeCast, tmp_path: Path) -> None:
+    cast = make_cast()
+    cast.home.database_url()
+    file = tmp_path / "signed.db"
+    before = cast.part_held(cast.registration(cast.nodes[0])).open()
+    with SigningLedger(file, cast.worker) as ledger:
+        earlier = ledger.sign(before)
+    other = cast.changed(cast.worker, before, part_record=b"x" * 32).open()
+    with (
+        open_ledger(cast.home, file, cast.worker) as here,
+        open_ledger(cast.home, tmp_path / "none", cast.worker) as there,
+    ):
+        assert there.find(before.run, before.kind, before.round, before.sequence) == earlier
+        assert there.sign(before) == earlier
+        with pytest.raises(EquivocationError):
+            there.sign(other)
+        following = here.sign_next(lambda number: type(before)(**{**other.model_dump(), "sequence": number}))
+        assert following.open().sequence == before.sequence + 1
+        assert there.next_sequence(before.run, before.kind, before.round) == before.sequence + 2

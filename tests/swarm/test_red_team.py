@@ -5,7 +5,11 @@ Several kinds share a run, one node each. All contributions are on probation, so
 
 from __future__ import annotations
 
+import json
 import re
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -73,6 +77,18 @@ def finished(start_run: Start, *kinds: Kind, **settings: Any) -> tuple[dict[str,
     return status, nodes
 
 
+def judged_again(run: Any, rejected: dict[str, Any]) -> list[dict[str, Any]]:
+    """What anybody finds who judges a rejection again by the evidence in the archive; it stands."""
+    command = [sys.executable, "-m", "swarm_node", "verify", "evidence", run.url, "--json"]
+    command += ["--round", str(rejected["round"]), "--slot", str(rejected["slot"])]
+    command += [] if rejected["part"] is None else ["--part", str(rejected["part"])]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["stands"]
+    return list(found["verdicts"])
+
+
 def test_whoever_is_rejected_is_in_no_later_plan(start_run: Start) -> None:
     run = start_run(rounds=500, min_nodes=2, max_nodes=3, assemble_s=10.0)
     run.serve()
@@ -81,6 +97,10 @@ def test_whoever_is_rejected_is_in_no_later_plan(start_run: Start) -> None:
     run.join("cheater", "--cheat", Kind.MADE_UP.value)
     rejected = run.until(lambda: run.status().get("rejected") or None, what="the cheater is rejected")
     assert {entry["name"] for entry in rejected} == {"cheater"}
+    run.nodes["cheater"].signal(signal.SIGKILL)
+    verdicts = judged_again(run, rejected[0])
+    assert len(verdicts) == 2
+    assert all(one["evidence"] and one["again_reason"] == one["reason"] for one in verdicts)
     later = run.status()["round"] + 1
     run.reaches(later + 1)
     assert set(run.round(later)["slots"]) == {"a", "b"}
@@ -129,6 +149,7 @@ def test_a_lying_reducer_is_rejected_for_its_averages_and_nobody_else_loses_anyt
     assert {entry["name"] for entry in status["rejected"]} == {liar}
     for entry in status["rejected"]:
         assert entry["reason"].startswith(f"wrong average of part {entry['part']} in round 0:")
+    assert all(one["evidence"] for one in judged_again(run, status["rejected"][0]))
     assert nodes[liar]["standing"] == "ended"
     assert nodes[liar]["reason"] == status["rejected"][0]["reason"]
     assert nodes[liar]["credit"] == {"pending": 0, "settled": 0, "forfeited": work}

@@ -244,7 +244,7 @@ async def audits(
 ) -> list[OpenAudit]:
     def query(archive: Archive) -> list[OpenAudit] | None:
         auditors = archive.offices(Role.AUDITOR)
-        wanted = archive.open_audits(bytes.fromhex(auditor))
+        wanted = archive.open_audits(bytes.fromhex(auditor)) if bytes.fromhex(auditor) in auditors else []
         return [open_audit(row, auditors, archive.verdicts(row)) for row, _ in wanted] or None
 
     return await run.poll("audits", query, wait_s) or []

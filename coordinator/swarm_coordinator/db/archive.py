@@ -24,6 +24,7 @@ from swarm_protocol.records import (
     CheckpointManifest,
     Commitment,
     CreditStatement,
+    Dismissal,
     Envelope,
     Outcome,
     Record,
@@ -164,6 +165,16 @@ class Archive:
     def holds_office(self, key: bytes, role: Role) -> bool:
         return self.session.get(OfficeRow, (self.run, key, role.value)) is not None
 
+    def end_office(self, key: bytes, role: Role) -> None:
+        """Nobody holds this office any more by this key."""
+        self.session.delete(self.session.get_one(OfficeRow, (self.run, key, role.value)))
+        self.session.flush()
+
+    def dismissed(self, key: bytes) -> bool:
+        """Whether an auditor's office was taken from this key: it gets none again."""
+        rows = self.session.scalars(select(RecordRow).filter_by(run=self.run, kind=Dismissal.kind))
+        return any(isinstance(record, Dismissal) and record.key == key for record in map(opened, rows))
+
     def count_offices(self, role: Role) -> int:
         query = select(func.count()).select_from(OfficeRow).filter_by(run=self.run, role=role.value)
         return self.session.scalar(query) or 0
@@ -209,6 +220,11 @@ class Archive:
         """Whether a slot's contribution, or an average that it made, was drawn."""
         query = select(AuditRow.slot).filter_by(run=self.run, round=round_number, slot=slot).limit(1)
         return self.session.scalar(query) is not None
+
+    def unresolved(self) -> Sequence[AuditRow]:
+        """Audits without an outcome, oldest first."""
+        query = select(AuditRow).where(AuditRow.run == self.run, AuditRow.outcome.is_(None))
+        return self.session.scalars(query.order_by(AuditRow.round, AuditRow.slot, AuditRow.part)).all()
 
     def pending_audits(self) -> dict[bytes, int]:
         """How many audits without an outcome each node has, by its key."""

@@ -26,11 +26,12 @@ KEEP_ALIVE = {"tcp_keepalives_idle": 10, "tcp_keepalives_interval": 5, "tcp_keep
 
 
 class Leadership:
-    """The office of a run's driver, for one process. With SQLite the run directory's lock stands for it."""
+    """The office of a run's driver, or of who has its `workers`, for one process. With SQLite the run directory's lock stands
+    for both."""
 
-    def __init__(self, engine: Engine, run: bytes) -> None:
+    def __init__(self, engine: Engine, run: bytes, *, workers: bool = False) -> None:
         self._engine = engine
-        self._key = int.from_bytes(run[:8], "big", signed=True)
+        self._key = int.from_bytes(run[8:16] if workers else run[:8], "big", signed=True)
         self._connection: Connection | None = None
 
     @property
@@ -50,6 +51,20 @@ class Leadership:
             return True
         connection.close()
         return False
+
+    def holds(self) -> bool:
+        """Whether we have the office still: it goes with the connection."""
+        if not self.shared:
+            return True
+        if self._connection is None:
+            return False
+        try:
+            self._connection.execute(text("SELECT 1"))
+        except DBAPIError as error:
+            log.warning("the database does not answer: %s", error.orig)
+            self.release()
+            return False
+        return True
 
     def release(self) -> None:
         """Give the office back, if we have it."""

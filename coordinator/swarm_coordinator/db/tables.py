@@ -316,6 +316,19 @@ class InboxRow(Base):
     answer: Mapped[str | None] = mapped_column(default=None)
 
 
+class SignedRow(Base):
+    """What one of the run owner's workers has signed, by its name: only where several processes share a run."""
+
+    __tablename__ = "signed"
+
+    key: Mapped[bytes] = mapped_column(primary_key=True)
+    run: Mapped[bytes] = mapped_column(primary_key=True)
+    kind: Mapped[str] = mapped_column(primary_key=True)
+    round: Mapped[int] = mapped_column(primary_key=True)
+    sequence: Mapped[int] = mapped_column(primary_key=True)
+    envelope: Mapped[bytes]
+
+
 class OrderRow(Base):
     """What the run owner asked for by a command, for the coordinator to do once. `argument` is JSON."""
 

@@ -12,6 +12,7 @@ from swarm_protocol.records.rounds import (
     CheckpointReport,
     Commitment,
     CommitmentSet,
+    Dismissal,
     Evaluation,
     PartHeld,
     PartRecord,
@@ -25,9 +26,9 @@ from swarm_protocol.records.sketches import PartReceipt, Sketches, SketchObjecti
 KINDS: dict[str, type[Record]] = {
     record.kind: record
     for record in (
-        Registration, Appointment, Addresses, Ready, RoundPlan, Commitment, CommitmentSet, Sketches, SketchObjection,
-        SketchSet, PartRecord, PartReceipt, PartHeld, CheckpointReport, RoundManifest, NonceOpening, BeaconReveal, Evidence,
-        Verdict, PartVerdict, Equivocation, Evaluation, Receipt, LogHead, Ban, RunEnd, CreditStatement,
-        CheckpointManifest,
+        Registration, Appointment, Dismissal, Addresses, Ready, RoundPlan, Commitment, CommitmentSet, Sketches,
+        SketchObjection, SketchSet, PartRecord, PartReceipt, PartHeld, CheckpointReport, RoundManifest, CheckpointManifest,
+        NonceOpening, BeaconReveal, Evidence, Verdict, PartVerdict, Equivocation, Evaluation, Receipt, LogHead, Ban, RunEnd,
+        CreditStatement,
     )
 }  # fmt: skip

@@ -15,6 +15,7 @@ from swarm_protocol.records.base import (
     Milliseconds,
     Multiaddr,
     Part,
+    Reason,
     Record,
     Role,
     Slot,
@@ -43,6 +44,17 @@ class Appointment(Record):
     kind: ClassVar[str] = "appointment"
     role: Annotated[Role, Strict(False)]
     key: Bytes32
+
+
+class Dismissal(Record):
+    """The coordinator takes an auditor's office back, for good. The sequence is its own count of dismissals.
+
+    From here on the key's verdicts are refused, and those that it gave do not count in audits that have no outcome yet.
+    """
+
+    kind: ClassVar[str] = "dismissal"
+    key: Bytes32
+    reason: Reason
 
 
 class Addresses(Record):

@@ -12,6 +12,7 @@ from swarm_protocol.records.rounds import (
     Commitment,
     CommitmentSet,
     Evaluation,
+    Holding,
     PartHeld,
     PartRecord,
     Ready,
@@ -24,8 +25,8 @@ from swarm_protocol.records.sketches import PartReceipt, Sketches, SketchObjecti
 KINDS: dict[str, type[Record]] = {
     record.kind: record
     for record in (
-        Registration, Appointment, Addresses, Ready, RoundPlan, Commitment, CommitmentSet, Sketches, SketchObjection,
-        SketchSet, PartRecord, PartReceipt, PartHeld, CheckpointReport, RoundManifest, NonceOpening, BeaconReveal, Evidence,
-        Verdict, PartVerdict, Equivocation, Evaluation, Receipt, LogHead, Ban, RunEnd, CreditStatement,
+        Registration, Appointment, Addresses, Holding, Ready, RoundPlan, Commitment, CommitmentSet, Sketches,
+        SketchObjection, SketchSet, PartRecord, PartReceipt, PartHeld, CheckpointReport, RoundManifest, NonceOpening,
+        BeaconReveal, Evidence, Verdict, PartVerdict, Equivocation, Evaluation, Receipt, LogHead, Ban, RunEnd, CreditStatement,
     )
 }  # fmt: skip

@@ -27,6 +27,7 @@ KINDS: dict[str, type[Record]] = {
     for record in (
         Registration, Appointment, Addresses, Holding, Ready, RoundPlan, Commitment, CommitmentSet, Sketches,
         SketchObjection, SketchSet, PartRecord, PartReceipt, PartHeld, CheckpointReport, RoundManifest, NonceOpening,
-        BeaconReveal, Evidence, Verdict, PartVerdict, Equivocation, Evaluation, Receipt, LogHead, Ban, RunEnd, CreditStatement,
+        BeaconReveal, Evidence, Verdict, PartVerdict, Equivocation, Evaluation, Receipt, LogHead, Ban, RunEnd,
+        CreditStatement,
     )
 }  # fmt: skip

@@ -1,11 +1,11 @@
 """Checkpoints that were downloaded to be used, not trained on: kept in a cache, checked each time they are read.
 
-    DIR/RUN/checkpoint-ROOT     a checkpoint's parameters and momentum
-    DIR/RUN/trunk-ROOT          the frozen parameters of a run that does not train all of its model
-    DIR/RUN/tokenizer-HASH      its tokenizer.json
+    DIR/RUN/checkpoint-ROUND-ROOT    a checkpoint's parameters and momentum
+    DIR/RUN/trunk-ROOT               the frozen parameters of a run that does not train all of its model
+    DIR/RUN/tokenizer-HASH           its tokenizer.json
 
 Everything in it can be fetched again, so it may be deleted at any time. The `KEPT` checkpoints of a run that were used
-last stay.
+last stay; a newer one may be made from one of them and the averages of the rounds between.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import fcntl
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,16 +22,21 @@ from pathlib import Path
 import numpy as np
 
 from swarm_protocol import fetch
+from swarm_protocol.catching_up import CatchUp
 from swarm_protocol.checkpoint import Checkpoint
 from swarm_protocol.chunks import content_hash
 from swarm_protocol.client import MAX_CHUNK_BYTES, CoordinatorClient
 from swarm_protocol.errors import ConfigurationError, HashMismatchError
 from swarm_protocol.fetch import Float32
 from swarm_protocol.files import remove_leftovers, write_atomic
+from swarm_protocol.http import persist
 from swarm_protocol.sealed import Sealed, sealed
 from swarm_protocol.spec import RunSpec
 
 KEPT = 2
+PATIENCE_S = 120.0
+
+_FILE = re.compile(r"checkpoint-(\d{1,10})-[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -70,16 +76,18 @@ async def download(client: CoordinatorClient, cache: Path, round_number: int | N
     """
     wanted = await sealed(client, round_number)
     folder = cache / client.spec.run_id.hex()
-    path = folder / f"checkpoint-{wanted.root.hex()}"
-    checkpoint = await asyncio.to_thread(_read, client.spec, path, wanted)
+    path = folder / f"checkpoint-{wanted.round}-{wanted.root.hex()}"
+    checkpoint = await asyncio.to_thread(_read, client.spec, path)
     cached = checkpoint is not None
     with _alone(folder):
         if checkpoint is None:
             remove_leftovers(folder)
-            fetched = await fetch.checkpoint(client, wanted.round, wanted.root)
+            held = await asyncio.to_thread(_newest_before, client.spec, folder, wanted.round)
+            catch_up = CatchUp(client)
+            fetched = await persist(lambda: catch_up.checkpoint(wanted.round, wanted.root, held), deadline_s=PATIENCE_S)
             await asyncio.to_thread(write_atomic, path, *fetched.buffers)
-            del fetched
-            checkpoint = await asyncio.to_thread(_read, client.spec, path, wanted)
+            del fetched, held, catch_up
+            checkpoint = await asyncio.to_thread(_read, client.spec, path)
             if checkpoint is None:
                 raise HashMismatchError(f"{path} is not what was written to it; is the disk broken?")
         _forget(folder, path)
@@ -113,15 +121,24 @@ def _alone(folder: Path) -> Iterator[None]:
         os.close(lock)
 
 
-def _read(spec: RunSpec, path: Path, wanted: Sealed) -> Checkpoint | None:
+def _read(spec: RunSpec, path: Path) -> Checkpoint | None:
     """The checkpoint in a file, mapped and checked; None where it is not there, or damaged and now removed."""
+    number, root = path.name.split("-")[1:]
     try:
-        return Checkpoint.from_bytes(spec, wanted.round, np.memmap(path, dtype=np.uint8, mode="r"), wanted.root)
+        data = np.memmap(path, dtype=np.uint8, mode="r")
+        return Checkpoint.from_bytes(spec, int(number), data, bytes.fromhex(root))
     except FileNotFoundError:
         return None
     except (HashMismatchError, ValueError):  # ValueError: it is empty
         path.unlink()
         return None
+
+
+def _newest_before(spec: RunSpec, folder: Path, round_number: int) -> Checkpoint | None:
+    """The newest checkpoint in the cache that comes before a round's."""
+    there = {int(match[1]): path for path in folder.iterdir() if (match := _FILE.fullmatch(path.name))}
+    older = [number for number in there if number < round_number]
+    return _read(spec, there[max(older)]) if older else None
 
 
 def _forget(folder: Path, used: Path) -> None:

@@ -21,7 +21,7 @@ from swarm_protocol import __version__, huggingface, tokenizing
 from swarm_protocol.client import CoordinatorClient
 from swarm_protocol.errors import ConfigurationError
 from swarm_protocol.fetch import Float32
-from swarm_protocol.files import new_folder
+from swarm_protocol.files import new_folder, require_new
 from swarm_protocol.http import persist
 
 PATIENCE_S = 60.0
@@ -73,8 +73,7 @@ def export(options: Options) -> Download:
         SwarmError: it is not written.
     """
     huggingface.require_safetensors()
-    if options.folder.exists() and (not options.folder.is_dir() or any(options.folder.iterdir())):
-        raise ConfigurationError(f"{options.folder} exists and is not empty; choose another folder")
+    require_new(options.folder)
     found = asyncio.run(_download(options))
     with new_folder(options.folder) as folder:
         write(folder, found, options)
@@ -102,7 +101,7 @@ def write(folder: Path, found: Download, options: Options) -> None:
             if options.merged:
                 shapes, flat = parameter_shapes(spec.model), found.full_parameters()
             huggingface.write_weights(folder, huggingface.named(shapes, flat), shard_bytes=options.shard_bytes)
-    (folder / "README.md").write_text(card(found, options))
+    (folder / "README.md").write_text(card(found, options), encoding="utf-8")
 
 
 def _write_adapters(folder: Path, found: Download, options: Options) -> None:

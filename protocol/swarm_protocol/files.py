@@ -62,6 +62,12 @@ def newest(names: Iterable[str], prefix: str) -> list[int]:
     return sorted((int(number) for number in numbers if number.isdigit()), reverse=True)
 
 
+def require_new(target: Path) -> None:
+    """Raises `ConfigurationError` where there is something already that is not an empty folder."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigurationError(f"{target} exists and is not empty; choose another folder")
+
+
 @contextlib.contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
     """A folder to fill; it becomes `target`, on disk, when the block ends well, and is gone when it does not.
@@ -71,8 +77,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     Raises:
         ConfigurationError: `target` is there already and not an empty folder, or it cannot be written.
     """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigurationError(f"{target} exists and is not empty; choose another folder")
+    require_new(target)
     where = target.absolute()
     try:
         where.parent.mkdir(parents=True, exist_ok=True)

@@ -178,8 +178,6 @@ def require_safetensors() -> None:
 def write_weights(folder: Path, tensors: Mapping[str, F32], *, shard_bytes: int = SHARD_BYTES) -> None:
     """Write tensors, each float32, as `model.safetensors`; as several files with an index where they are larger than
     `shard_bytes` together. No more is in memory than a shard beyond what the tensors take themselves."""
-    from safetensors.numpy import save_file
-
     shards: list[dict[str, F32]] = [{}]
     size_bytes = 0
     for name, tensor in tensors.items():
@@ -189,12 +187,12 @@ def write_weights(folder: Path, tensors: Mapping[str, F32], *, shard_bytes: int 
         shards[-1][name] = tensor
         size_bytes += tensor.nbytes
     if len(shards) == 1:
-        save_file(shards[0], folder / WEIGHTS, metadata={"format": "pt"})
+        _save(shards[0], folder / WEIGHTS)
         return
     weight_map = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, folder / file, metadata={"format": "pt"})
+        _save(shard, folder / file)
         weight_map.update(dict.fromkeys(shard, file))
     metadata = {"total_size": sum(tensor.nbytes for tensor in tensors.values())}
     (folder / INDEX).write_text(json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2) + "\n")
@@ -202,10 +200,15 @@ def write_weights(folder: Path, tensors: Mapping[str, F32], *, shard_bytes: int 
 
 def write_adapters(folder: Path, tensors: Mapping[str, F32]) -> None:
     """Write adapters as peft names them."""
+    renamed = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
+    _save(renamed, folder / "adapter_model.safetensors")
+
+
+def _save(tensors: Mapping[str, F32], path: Path) -> None:
     from safetensors.numpy import save_file
 
-    renamed = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
-    save_file(renamed, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(dict(tensors), path, metadata={"format": "pt"})
+    path.chmod(0o644)  # the package lets nobody else read it
 
 
 def named(shapes: Mapping[str, tuple[int, ...]], flat: F32) -> dict[str, F32]:

@@ -173,6 +173,7 @@ def test_transformers_loads_the_model_with_our_bits_and_our_logits(
     assert sorted(path.name for path in (tmp_path / "model").iterdir()) == [
         "README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
     ]  # fmt: skip
+    assert (tmp_path / "model" / "model.safetensors").stat().st_mode & 0o777 == 0o644
     assert huggingface.read_config(tmp_path / "model") == spec.model
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -10,6 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from swarm_node import downloads
+from swarm_protocol.checkpoint import Checkpoint
+from swarm_protocol.client import CoordinatorClient
 
 pytestmark = pytest.mark.swarm
 
@@ -23,6 +28,12 @@ def node(*arguments: str | Path) -> str:
     return done.stdout
 
 
+async def held(url: str, cache: Path, round_number: int) -> Checkpoint:
+    """A checkpoint, from the cache or downloaded into it."""
+    async with await CoordinatorClient.connect(url) as client:
+        return (await downloads.download(client, cache, round_number)).checkpoint
+
+
 def trained(run: Any) -> dict[str, Any]:
     """The run's status when one volunteer has gone through it; its coordinator goes on."""
     run.serve()
@@ -34,6 +45,7 @@ def test_a_run_goes_on_from_what_another_one_gave(start_run: Callable[..., Any],
     first = start_run(**ALONE)
     before = trained(first)
     model = tmp_path / "model"
+    assert asyncio.run(held(first.url, tmp_path / "cache", 0)).round == 0  # what follows is made from it
     shown = node("export", first.url, model, "--cache", tmp_path / "cache")
     assert before["checkpoint"]["root"] in shown
     first.stop()

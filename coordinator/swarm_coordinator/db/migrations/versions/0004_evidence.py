@@ -1,4 +1,4 @@
-"""The evidence of rejections is archived; workers that move from machine to machine have their signing ledger here."""
+"""The evidence of rejections is archived."""
 
 from __future__ import annotations
 
@@ -30,14 +30,4 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("run", "round", "slot", "part", "auditor", "hash"),
     )
     op.create_index("evidence_by_hash", "evidence", ["run", "hash"])
-    op.create_table(
-        "signed",
-        sa.Column("key", sa.LargeBinary(), nullable=False),
-        sa.Column("run", sa.LargeBinary(), nullable=False),
-        sa.Column("kind", sa.String(), nullable=False),
-        sa.Column("round", INTEGER, nullable=False),
-        sa.Column("sequence", INTEGER, nullable=False),
-        sa.Column("envelope", sa.LargeBinary(), nullable=False),
-        sa.PrimaryKeyConstraint("key", "run", "kind", "round", "sequence"),
-    )
     op.add_column("verdicts", sa.Column("evidence", sa.LargeBinary(), nullable=True))

@@ -70,8 +70,11 @@ class Call:
 
 @dataclass(frozen=True)
 class Answer:
+    """What a handler says. Where uploads are limited, answers that are not `urgent` go after everything that is."""
+
     header: Header = field(default_factory=dict)
     body: Bytes | memoryview = b""
+    urgent: bool = True
 
 
 Handler = Callable[[Call], Awaitable[Answer]]

@@ -89,6 +89,11 @@ class StateManifest:
     def encode(self) -> bytes:
         return _HEAD.pack(_MAGIC, self.size_bytes) + b"".join(self.hashes)
 
+    @staticmethod
+    def encoded_bytes(size_bytes: int) -> int:
+        """Bytes of the encoded manifest of a state of `size_bytes`."""
+        return _HEAD.size + merkle.DIGEST_BYTES * _chunk_count(size_bytes)
+
     @classmethod
     def decode(cls, data: bytes, *, max_size_bytes: int) -> StateManifest:
         """Read a manifest of a state of at most `max_size_bytes`. Whose it is, only its root tells.
@@ -103,7 +108,7 @@ class StateManifest:
             raise EncodingError("these bytes are no state manifest")
         if size_bytes > max_size_bytes:
             raise EncodingError(f"a state of {size_bytes} bytes where at most {max_size_bytes} are expected")
-        if len(data) != _HEAD.size + merkle.DIGEST_BYTES * _chunk_count(size_bytes):
+        if len(data) != cls.encoded_bytes(size_bytes):
             raise EncodingError(f"{len(data)} bytes are no manifest of a state of {size_bytes} bytes")
         starts = range(_HEAD.size, len(data), merkle.DIGEST_BYTES)
         return cls(size_bytes, tuple(bytes(data[start : start + merkle.DIGEST_BYTES]) for start in starts))

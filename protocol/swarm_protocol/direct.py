@@ -33,6 +33,7 @@ from swarm_protocol.calls import (
 from swarm_protocol.errors import EncodingError, InvalidDataError, RefusedError, SwarmError
 from swarm_protocol.identity import Identity
 from swarm_protocol.secure_channel import WRITE_BYTES, Certificate, Channel, accept, dial
+from swarm_protocol.throttle import TokenBucket
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +73,7 @@ class DirectPlane:
         self._traffic = traffic
         self._dispatch = dispatch
         self._ask = ask
+        self.upload: TokenBucket | None = None
         self._certificate: Certificate | None = None
         self._listener: socket.socket | None = None
         self._serving: set[asyncio.Task[None]] = set()
@@ -130,7 +132,8 @@ class DirectPlane:
             channel = await self._connected(peer)
             head = pack(header, len(body))
             try:
-                converse = partial(_converse, channel, head, body, max_answer_bytes, deadline)
+                unsent = await self._pace(channel, head, body, deadline, until_answered=len(body) > WRITE_BYTES)
+                converse = partial(_converse, channel, unsent, len(body), max_answer_bytes, deadline)
                 answer, content, size, read = await self._blocking(channel, converse)
             except (OSError, EOFError, EncodingError) as error:
                 channel.close()
@@ -249,11 +252,32 @@ class DirectPlane:
 
         answer = await self._dispatch(Call(channel.peer, header, size, receive))
         head = pack(answer.header, len(answer.body))
-        await self._blocking(channel, partial(channel.send, head, answer.body, deadline=deadline))
+        unsent = await self._pace(channel, head, answer.body, deadline, urgent=answer.urgent)
+        await self._blocking(channel, partial(channel.send, *(unsent or ()), deadline=deadline))
         self._traffic.note(channel.peer, "direct", sent=len(head) + len(answer.body))
         if unread:
             await self._blocking(channel, partial(channel.drain, time.monotonic() + LINGER_S))
         return not unread
+
+    async def _pace(
+        self, channel: Channel, head: bytes, body: Bytes | memoryview, deadline: float, *,
+        urgent: bool = True, until_answered: bool = False,
+    ) -> list[Bytes | memoryview] | None:  # fmt: skip
+        """Send as slowly as the limit wants, all but the last piece; without a limit nothing is sent yet.
+
+        Returns what is still to be sent, or None where the other side would not hear the rest (`Channel.send`).
+        """
+        if self.upload is None:
+            return [head, body]
+        view = memoryview(body)
+        pieces = [head, *(view[start : start + WRITE_BYTES] for start in range(0, len(view), WRITE_BYTES))]
+        for piece in pieces[:-1]:
+            await self.upload.wait(len(piece), urgent=urgent)
+            send = partial(channel.send, piece, deadline=deadline, until_answered=until_answered)
+            if not await self._blocking(channel, send):
+                return None
+        await self.upload.wait(len(pieces[-1]), urgent=urgent)
+        return pieces[-1:]
 
     async def _greet(self, shake_hands: Callable[[], Channel]) -> Channel:
         """A new channel. One that is made when nobody waits for it any more is closed."""
@@ -305,17 +329,17 @@ def parse_addresses(value: object) -> list[Address]:
 
 
 def _converse(
-    channel: Channel, head: bytes, body: bytes | memoryview, max_answer_bytes: int, deadline: float
+    channel: Channel, unsent: list[Bytes | memoryview] | None, body_bytes: int, max_answer_bytes: int, deadline: float
 ) -> tuple[dict[str, Any], Bytes | None, int, int]:
-    """Send a call and receive its answer: header, body, declared size of the body, bytes received.
+    """Send what is left of a call and receive its answer: header, body, declared size of the body, bytes received.
 
     There is no body where it is larger than allowed, or where the call was refused half way; the channel is spent then.
     """
-    whole = channel.send(head, body, deadline=deadline, until_answered=len(body) > WRITE_BYTES)
+    whole = unsent is not None and channel.send(*unsent, deadline=deadline, until_answered=body_bytes > WRITE_BYTES)
     header, size, head_bytes = _receive_header(channel, deadline)
     if not whole and "refused" not in header:
         raise EncodingError("an answer before the call was complete")
-    if not whole or size > max_answer_bytes or ("refused" in header and len(body)):
+    if not whole or size > max_answer_bytes or ("refused" in header and body_bytes):
         return header, None, size, head_bytes
     return header, channel.receive(size, deadline), size, head_bytes + size
 

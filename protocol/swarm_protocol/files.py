@@ -16,7 +16,7 @@ from swarm_protocol.errors import ConfigurationError
 
 
 def write_atomic(path: Path, *buffers: Any, mode: int = 0o644, durable: bool = True) -> None:
-    """Write the buffers one after another to `path`: a temporary file, fsync (unless it need not last), rename.
+    """Write the buffers one after another to `path`: a temporary file, rename; with fsync of both unless it need not last.
 
     Raises:
         ConfigurationError: the disk is full, or the folder may not be written.
@@ -31,12 +31,23 @@ def write_atomic(path: Path, *buffers: Any, mode: int = 0o644, durable: bool = T
                 file.flush()
                 os.fsync(file.fileno())
         temporary.replace(path)
+        if durable:
+            sync_directory(path.parent)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise ConfigurationError(
             f"{path} cannot be written: {error.strerror}. Free some space or choose another folder"
         ) from error
+
+
+def sync_directory(folder: Path) -> None:
+    """Have the names in a folder on disk. Raises `OSError`."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
 from swarm_protocol.errors import ConfigurationError, InvalidDataError, SignatureError
+from swarm_protocol.files import sync_directory
 
 _KEY_FILE_PREFIX = bytes.fromhex("08011240")
 _PEER_ID_PREFIX = bytes.fromhex("002408011220")
@@ -123,6 +124,7 @@ class Identity:
                 os.link(temporary, path)
             finally:
                 temporary.unlink()
+            sync_directory(path.parent)
         except OSError as error:
             raise ConfigurationError(f"the identity file {path} cannot be written: {error.strerror}") from error
 

@@ -46,6 +46,7 @@ from swarm_protocol.errors import (
 )
 from swarm_protocol.identity import Identity, peer_id
 from swarm_protocol.records import Addresses, Envelope
+from swarm_protocol.throttle import TokenBucket
 
 log = logging.getLogger(__name__)
 
@@ -168,6 +169,15 @@ class PeerPlane:
         """Our own multiaddresses, each ending in our PeerID."""
         return [str(address) for address in await self._p2p.get_visible_maddrs(latest=True)]
 
+    @property
+    def upload(self) -> TokenBucket | None:
+        """What limits everything that we send to peers, if something does."""
+        return self._direct.upload
+
+    def limit_upload(self, bytes_per_s: float) -> None:
+        """From now on send no faster than this, headers included, without what transports add and the daemon's own."""
+        self._direct.upload = TokenBucket(bytes_per_s)
+
     # Serving
 
     async def serve(self, handlers: Mapping[str, Handler]) -> None:
@@ -192,7 +202,7 @@ class PeerPlane:
                     return use(content) if size < WRITE_BYTES else await asyncio.to_thread(use, content)
 
                 answer = await self._dispatch(Call(peer, header, size, receive))
-                await self._send(peer, writer, answer.header, answer.body)
+                await self._send(peer, writer, answer.header, answer.body, urgent=answer.urgent)
                 if size and "refused" in answer.header:
                     await _hear_out(reader)
         except (OSError, EOFError, TimeoutError, EncodingError) as error:
@@ -351,14 +361,22 @@ class PeerPlane:
 
     # Messages on the daemon's streams
 
-    async def _send(self, peer: bytes, writer: asyncio.StreamWriter, header: Header, body: Bytes | memoryview) -> None:
+    async def _send(
+        self,
+        peer: bytes,
+        writer: asyncio.StreamWriter,
+        header: Header,
+        body: Bytes | memoryview,
+        *,
+        urgent: bool = True,
+    ) -> None:
         head = pack(header, len(body))
-        writer.write(head)
         view = memoryview(body)
-        for start in range(0, len(view), WRITE_BYTES):
-            writer.write(view[start : start + WRITE_BYTES])
+        for piece in (head, *(view[start : start + WRITE_BYTES] for start in range(0, len(view), WRITE_BYTES))):
+            if self.upload is not None:
+                await self.upload.wait(len(piece), urgent=urgent)
+            writer.write(piece)
             await writer.drain()
-        await writer.drain()
         self.traffic.note(peer, "daemon", sent=len(head) + len(view))
 
     async def _receive_header(self, peer: bytes, reader: asyncio.StreamReader) -> tuple[dict[str, Any], int]:

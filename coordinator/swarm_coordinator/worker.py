@@ -9,9 +9,11 @@ reports the root that the manifest will name; it stores every checkpoint's chunk
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import socket
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,12 +23,15 @@ from swarm_coordinator.db.signing import open_ledger
 from swarm_coordinator.evaluating import Evaluator, wants_sample
 from swarm_coordinator.run_directory import RunDirectory
 from swarm_coordinator.selecting import Selecting
+from swarm_coordinator.serving import StoredStates
 from swarm_coordinator.store import Store
 from swarm_protocol import checkpoint as checkpoints
 from swarm_protocol import fetch, parts, sketching, training
 from swarm_protocol.checkpoint import Checkpoint
 from swarm_protocol.chunks import content_hash
 from swarm_protocol.client import Commitments, CoordinatorClient
+from swarm_protocol.dht import HOLDING_TTL_S
+from swarm_protocol.download import ChunkDesk
 from swarm_protocol.errors import InvalidDataError, RefusedError, SwarmError, UnreachableError
 from swarm_protocol.files import write_atomic
 from swarm_protocol.http import persist
@@ -36,6 +41,7 @@ from swarm_protocol.records import (
     Addresses,
     CheckpointReport,
     Evaluation,
+    Holding,
     PartHeld,
     PartRecord,
     Record,
@@ -115,6 +121,7 @@ class CheckpointWorker:
         self._store = store
         self._evaluator = evaluator
         self._evaluations: asyncio.Queue[tuple[int, bytes]] = asyncio.Queue()
+        self._sealed = asyncio.Event()
 
     async def run(self) -> None:
         """Follow the run round by round until its last one is sealed and evaluated."""
@@ -123,10 +130,13 @@ class CheckpointWorker:
             lambda sequence: Addresses(run=self._spec.run_id, round=0, sequence=sequence, multiaddrs=addresses)
         )
         await self._patiently(lambda: self._client.post(here))
+        await self._plane.serve(ChunkDesk(StoredStates(self._store).find).handlers)
         round_number, root = await self._patiently(self._client.latest_checkpoint)
         checkpoint = await self._patiently(lambda: fetch.checkpoint(self._client, round_number, root))
         await self._catch_up()
+        self._newest = checkpoint
         evaluating = asyncio.create_task(self._evaluate())
+        announcing = asyncio.create_task(self._announce())
         try:
             while checkpoint.round < self._spec.rounds.count:
                 try:
@@ -135,13 +145,34 @@ class CheckpointWorker:
                     if error.code != "run-finished":
                         raise
                     break
+                self._newest = checkpoint
+                self._sealed.set()
                 self._evaluations.put_nowait((checkpoint.round, checkpoint.root))
             await self._evaluations.join()
+            log.info("the run's last checkpoint is sealed and evaluated")
+            await announcing  # still everybody's first peer
         finally:
             evaluating.cancel()
+            announcing.cancel()
             await self._evaluator.close()
-        log.info("the run's last checkpoint is sealed and evaluated")
-        await asyncio.Event().wait()  # still everybody's first peer
+
+    async def _announce(self) -> None:
+        """Say in the DHT that the newest checkpoint is to be had here as well, until cancelled."""
+        while True:
+            self._sealed.clear()
+            newest = self._newest
+            record = partial(self._holding, newest.round, newest.root)
+            try:
+                envelope = await asyncio.to_thread(self._ledger.sign_next, record)
+                await self._plane.directory.hold(newest.root, envelope)
+            except UnreachableError as error:
+                log.info("nobody hears which checkpoint is here: %s", error)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(HOLDING_TTL_S / 3):
+                    await self._sealed.wait()
+
+    def _holding(self, round_number: int, root: bytes, sequence: int) -> Holding:
+        return Holding(run=self._spec.run_id, round=round_number, sequence=sequence, root=root)
 
     async def _round(self, checkpoint: Checkpoint) -> Checkpoint:
         plan = await self._until(lambda: self._client.plan(checkpoint.round, wait_s=POLL_S))

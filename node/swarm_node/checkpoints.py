@@ -1,21 +1,40 @@
-"""The checkpoint that a node holds: loaded from its disk, or fetched, every chunk verified, and kept for the next start.
+"""The checkpoint that a node holds: loaded from its disk, or fetched from everybody who has it, kept, served, announced.
 
-A node that missed rounds takes their averages, or a checkpoint whole, whichever is fewer bytes. Others may ask for ours.
-Nothing here waits for a coordinator that is away: whoever calls repeats what raised `UnreachableError`.
+A checkpoint is a file of its own, mapped into memory, under its root; the newest two are served, and of one that is
+being downloaded what is there already. A node that missed rounds takes their averages, or a checkpoint whole, whichever is
+fewer bytes. Nothing here waits for others who are away: whoever calls repeats what raised `UnreachableError`, and a
+download goes on where it was, after a crash as well.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import dataclasses
+import logging
 from collections.abc import Callable
 
 from swarm_node.evidence import Evidence
+from swarm_node.faults import NONE, Faults, Point
 from swarm_node.folder import RunFolder
-from swarm_protocol import fetch
+from swarm_protocol import checkpoint as checkpoints
+from swarm_protocol.calls import Answer, Call, Handler
 from swarm_protocol.catching_up import CatchUp
 from swarm_protocol.checkpoint import Checkpoint
+from swarm_protocol.chunks import StateManifest
 from swarm_protocol.client import CoordinatorClient
+from swarm_protocol.dht import HOLDING_TTL_S
+from swarm_protocol.download import ChunkDesk, CoordinatorSource, Download, Held, Partial, PeerSource, StateFile
+from swarm_protocol.errors import UnreachableError
 from swarm_protocol.peers import PeerPlane
+from swarm_protocol.records import Holding
+from swarm_protocol.signing import SigningLedger
+from swarm_protocol.throttle import TokenBucket
+
+log = logging.getLogger(__name__)
+
+PEERS_ASKED = 8
+KEPT = 2
 
 
 class CheckpointKeeper:
@@ -25,31 +44,50 @@ class CheckpointKeeper:
         self,
         client: CoordinatorClient,
         plane: PeerPlane,
+        ledger: SigningLedger,
         folder: RunFolder,
         evidence: Evidence,
         *,
         say: Callable[[str], None],
         fetching: Callable[[int], None],
+        limit: TokenBucket | None = None,
+        faults: Faults = NONE,
     ) -> None:
         self._client = client
+        self._spec = client.spec
         self._plane = plane
+        self._ledger = ledger
         self._folder = folder
         self._evidence = evidence
         self._catching_up = CatchUp(client, plane, whole=self.fetch, find=evidence.find)
         self._say = say
         self._fetching = fetching
+        self._limit = limit
+        self._faults = faults
+        self._states: dict[bytes, StateFile] = {}
+        self._download: tuple[int, bytes, Download[Partial]] | None = None
+        self._banned: set[bytes] = set()
+        self._changed = asyncio.Event()
+        self._desk = ChunkDesk(self._find, self._backlog_s)
         self.current: Checkpoint | None = None
+
+    @property
+    def handlers(self) -> dict[str, Handler]:
+        return {**self._desk.handlers, "chunks": self._chunks}
 
     async def restore(self) -> None:
         """Hold what an earlier process left on disk, if it is whole."""
-        self.current = await asyncio.to_thread(self._folder.load_checkpoint)
-        self._serve()
+        found = await asyncio.to_thread(self._folder.load_checkpoint)
+        if found is not None:
+            self.current, self._states[found[0].root] = found
+            self._evidence.hold(found[1].manifest, self._folder.checkpoint_path(found[0].root))
 
     async def catch_up(self) -> Checkpoint:
         """Hold the newest sealed checkpoint.
 
         Raises:
             UnreachableError, RefusedError, InvalidDataError
+            ConfigurationError: there is no room for it on this disk.
         """
         round_number, root = await self._client.latest_checkpoint()
         held = self.current
@@ -62,19 +100,87 @@ class CheckpointKeeper:
         return held
 
     async def fetch(self, round_number: int, root: bytes) -> Checkpoint:
-        """Download a checkpoint by its root.
+        """Download a checkpoint by its root, from peers who have it and from the coordinator. Raises as `catch_up` does."""
+        size, path = checkpoints.size_bytes(self._spec), self._folder.download_path(root)
 
-        Raises:
-            UnreachableError, RefusedError, InvalidDataError
-        """
-        return await fetch.checkpoint(self._client, round_number, root)
+        def begin(manifest: StateManifest) -> Partial:
+            return Partial(manifest, path)
+
+        download = Download(
+            root, size, [*await self._peers(root), CoordinatorSource(self._client)], begin,
+            banned=self._banned, more=lambda: self._peers(root), limit=self._limit,
+        )  # fmt: skip
+        self._download = round_number, root, download
+        self._changed.set()
+        try:
+            whole = await download.run()
+            await asyncio.to_thread(whole.finish, self._folder.checkpoint_path(root))
+        finally:
+            self._download = None
+            if download.sink is not None:
+                download.sink.close()
+        log.info("checkpoint %d came from %s", round_number, download.bytes_by_source)
+        self._states[root] = StateFile(whole.data, whole.manifest)
+        return Checkpoint.from_verified(self._spec, round_number, whole.data, whole.manifest)
 
     async def hold(self, checkpoint: Checkpoint) -> None:
         """Keep this one from now on, on disk as well."""
-        await asyncio.to_thread(self._folder.save_checkpoint, checkpoint)
+        await asyncio.to_thread(self._keep, checkpoint)
+        self._evidence.hold(checkpoint.manifest, self._folder.checkpoint_path(checkpoint.root))
         self.current = checkpoint
-        self._serve()
+        self._changed.set()
 
-    def _serve(self) -> None:
-        if self.current is not None:
-            self._evidence.hold(self.current.manifest, self._folder.checkpoint_path(self.current.root))
+    async def announce(self) -> None:
+        """Say in the DHT what others can fetch here, whenever it changes and before it is forgotten; until cancelled."""
+        while self._plane.reachable:
+            self._changed.clear()
+            announced = [] if self.current is None else [(self.current.round, self.current.root)]
+            if self._download is not None:
+                announced.append(self._download[:2])
+            for round_number, root in announced:
+                try:
+                    await self._announce(round_number, root)
+                except UnreachableError as error:
+                    log.info("nobody hears which checkpoint is here: %s", error)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(HOLDING_TTL_S / 3):
+                    await self._changed.wait()
+
+    async def _announce(self, round_number: int, root: bytes) -> None:
+        def record(sequence: int) -> Holding:
+            return Holding(run=self._spec.run_id, round=round_number, sequence=sequence, root=root)
+
+        envelope = await asyncio.to_thread(self._ledger.sign_next, record)
+        await self._plane.directory.hold(root, envelope)
+
+    async def _peers(self, root: bytes) -> list[PeerSource]:
+        """A few peers who say that they have this checkpoint."""
+        return [PeerSource(self._plane, key) for key in await self._plane.directory.holders(root, PEERS_ASKED)]
+
+    def _keep(self, checkpoint: Checkpoint) -> None:
+        state = self._states.pop(checkpoint.root, None)
+        if state is None:
+            self._folder.write_checkpoint(checkpoint)
+            state = StateFile.open(self._folder.checkpoint_path(checkpoint.root), checkpoint.manifest)
+        others = list(self._states.items())[1 - KEPT :]
+        self._states = {**dict(others), checkpoint.root: state}
+        self._folder.point_at(checkpoint, list(self._states))
+
+    # Serving
+
+    def _find(self, root: bytes) -> Held | None:
+        if self._download is not None and self._download[1] == root:
+            return self._download[2].sink
+        return self._states.get(root)
+
+    def _backlog_s(self) -> float:
+        return 0.0 if self._plane.upload is None else self._plane.upload.backlog_s()
+
+    async def _chunks(self, call: Call) -> Answer:
+        answer = await self._desk.handlers["chunks"](call)
+        if not self._faults.planned or self.current is None or call.header["root"] != self.current.root:
+            return answer
+        await self._faults.at(Point.SEEDING, self.current.round)
+        return dataclasses.replace(
+            answer, body=self._faults.tamper(Point.SEEDING, self.current.round, bytes(answer.body))
+        )

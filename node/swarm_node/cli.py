@@ -75,6 +75,14 @@ def join(
     client_only: Annotated[
         bool, typer.Option("--client-only", help="Others cannot reach this node, so it averages nothing for them.")
     ] = False,
+    upload_limit: Annotated[
+        float | None,
+        typer.Option(min=0.1, metavar="MBIT", help="Send no more than this to other nodes, in megabits per second."),
+    ] = None,
+    download_limit: Annotated[
+        float | None,
+        typer.Option(min=0.1, metavar="MBIT", help="Download checkpoints no faster, in megabits per second."),
+    ] = None,
     cheat: Annotated[Kind | None, typer.Option(hidden=True)] = None,
     fault: Annotated[list[str] | None, typer.Option(hidden=True)] = None,
 ) -> None:
@@ -96,6 +104,8 @@ def join(
             faults=tuple(fault or ()),
             listen=listen,
             client_only=client_only,
+            upload_limit=upload_limit,
+            download_limit=download_limit,
         )
     )
 

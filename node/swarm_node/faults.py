@@ -2,10 +2,10 @@
 
 A fault is ACTION:POINT:ROUND, for example `kill:receiving:1`. It happens once, at the first time that this point comes in
 that round. `kill` and `freeze` stop this process (SIGKILL, SIGSTOP); `slow` lets it wait at the point, every time;
-`garbage` at `sketching` signs noise in place of sketches, at `delivering` sends it in place of parts, and at `serving`
-in place of averages. Reducers lie as well: `equivocate` at `serving` gives peers other bytes with a second signed record, at
-`published` hands a second record to the coordinator; `misreport` at `reducing` averages fewer slots than its record says,
-`leave-out` does without a slot that has its receipt.
+`garbage` at `sketching` signs noise in place of sketches, at `delivering` sends it in place of parts, at `serving` in place
+of averages, and at `seeding` in place of chunks of the round's checkpoint. Reducers lie as well: `equivocate` at `serving`
+gives peers other bytes with a second signed record, at `published` hands a second record to the coordinator; `misreport` at
+`reducing` averages fewer slots than its record says, `leave-out` does without a slot that has its receipt.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class Point(StrEnum):
     REDUCING = "reducing"
     PUBLISHED = "published"
     SERVING = "serving"
+    SEEDING = "seeding"
 
 
 class Action(StrEnum):

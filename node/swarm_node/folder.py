@@ -5,7 +5,8 @@
     DIR/trusted.json                coordinator keys by URL, pinned on first use
     DIR/status.json                 what the node is doing, for people and for `swarm-node demo`
     DIR/runs/RUN/shards/HASH        pieces of the corpus
-    DIR/runs/RUN/checkpoint         the newest checkpoint, with its round and root in checkpoint.json
+    DIR/runs/RUN/checkpoint-ROOT    the newest checkpoint, with its round and root in checkpoint.json, and the one before
+    DIR/runs/RUN/download-ROOT      a checkpoint that is being downloaded
     DIR/runs/RUN/round-N/           a contribution and its evidence; results of parts that this node reduced
 
 Everything is written atomically, so that a crash at any point leaves a state that the next start understands.
@@ -13,15 +14,18 @@ Everything is written atomically, so that a crash at any point leaves a state th
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
+from swarm_protocol import checkpoint as checkpoints
 from swarm_protocol.checkpoint import Checkpoint
+from swarm_protocol.download import StateFile
 from swarm_protocol.errors import ConfigurationError, HashMismatchError
 from swarm_protocol.files import newest, remove_leftovers, write_atomic
 from swarm_protocol.spec import RunSpec
@@ -101,7 +105,7 @@ class RunFolder:
         """Check that what a run asks a node to keep fits on this disk.
 
         That is: the states of two rounds at every segment end, of `state_bytes` each; our parts and those that we reduce for
-        `keep_rounds`; two checkpoints; the trunk, if there is one.
+        `keep_rounds`; three checkpoints; the trunk, if there is one.
 
         Raises:
             ConfigurationError: it does not, and how much it is.
@@ -110,7 +114,7 @@ class RunFolder:
         states = 2 * len(spec.segments(spec.training.steps)) * state_bytes
         parts = 2 * (spec.rounds.keep_rounds + 1) * 4 * spec.num_trainable
         trunk = 4 * spec.model.num_parameters if spec.trunk else 0
-        needed = states + parts + 2 * 8 * spec.num_trainable + trunk
+        needed = states + parts + 3 * checkpoints.size_bytes(spec) + trunk
         held = sum(path.stat().st_size for path in self.root.rglob("*") if path.is_file())
         free = shutil.disk_usage(self.root).free
         if needed > held + free:
@@ -129,24 +133,47 @@ class RunFolder:
             shutil.rmtree(self.root / f"round-{number}", ignore_errors=True)
 
     def checkpoint_path(self, root: bytes) -> Path:
-        """Where the checkpoint with this root lies, if it is here."""
+        """Where a whole checkpoint lies."""
         return self.root / f"checkpoint-{root.hex()}"
 
-    def save_checkpoint(self, checkpoint: Checkpoint) -> None:
-        # The state first, under its own name: a crash before the pointer moves leaves the older pair whole.
-        name = checkpoint.root.hex()
+    def download_path(self, root: bytes) -> Path:
+        """Where a checkpoint lies that is being downloaded; any other that was begun is deleted."""
+        found = self.root / f"download-{root.hex()}"
+        for path in self.root.glob("download-*"):
+            if path != found:
+                path.unlink()
+        return found
+
+    def write_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Have a checkpoint on disk, under its own name: until `point_at`, the older one is still what is loaded."""
         write_atomic(self.checkpoint_path(checkpoint.root), *checkpoint.buffers)
-        write_atomic(self.root / "checkpoint.json", json.dumps({"round": checkpoint.round, "root": name}).encode())
-        for path in self.root.glob("checkpoint-*"):
-            if path.name != f"checkpoint-{name}":
+
+    def point_at(self, checkpoint: Checkpoint, keep: Collection[bytes]) -> None:
+        """From now on load this one, which is on disk; delete all others but those of the roots `keep`."""
+        pointer = {"round": checkpoint.round, "root": checkpoint.root.hex()}
+        write_atomic(self.root / "checkpoint.json", json.dumps(pointer).encode())
+        kept = {self.checkpoint_path(root) for root in (checkpoint.root, *keep)}
+        for path in [*self.root.glob("checkpoint-*"), *self.root.glob("download-*")]:
+            if path not in kept:
                 path.unlink()
 
-    def load_checkpoint(self) -> Checkpoint | None:
-        """The newest checkpoint on disk, verified; None if there is none or it is damaged."""
+    def load_checkpoint(self) -> tuple[Checkpoint, StateFile] | None:
+        """The newest checkpoint on disk, verified, mapped into memory; None if there is none or it is damaged.
+
+        A damaged one becomes a download that has begun: what is right in it need not be fetched again.
+        """
         try:
             pointer = json.loads((self.root / "checkpoint.json").read_text())
             round_number, root = int(pointer["round"]), bytes.fromhex(pointer["root"])
-            data = (self.root / f"checkpoint-{root.hex()}").read_bytes()
-            return Checkpoint.from_bytes(self._spec, round_number, data, root)
-        except (OSError, ValueError, KeyError, TypeError, HashMismatchError):
+        except (OSError, ValueError, KeyError, TypeError):
             return None
+        path = self.checkpoint_path(root)
+        try:
+            state = StateFile.open(path)
+            if state.manifest.root == root:
+                return Checkpoint.from_verified(self._spec, round_number, state.data, state.manifest), state
+        except (OSError, HashMismatchError):
+            pass
+        with contextlib.suppress(OSError):
+            path.replace(self.download_path(root))
+        return None

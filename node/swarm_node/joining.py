@@ -26,12 +26,17 @@ from swarm_protocol.errors import ConfigurationError, InvalidDataError, Unreacha
 from swarm_protocol.http import persist
 from swarm_protocol.identity import Identity, peer_id, public_key_of
 from swarm_protocol.signing import SigningLedger
+from swarm_protocol.throttle import TokenBucket
 
 START_PATIENCE_S = 120.0
+MBIT = 1e6 / 8
+"""A megabit, in bytes."""
 
 
 @dataclass(frozen=True)
 class Options:
+    """Limits are in megabits per second."""
+
     url: str
     data_dir: Path
     name: str | None
@@ -44,6 +49,8 @@ class Options:
     faults: tuple[str, ...] = ()
     listen: str | None = None
     client_only: bool = False
+    upload_limit: float | None = None
+    download_limit: float | None = None
     team: str = ""
 
 
@@ -101,6 +108,8 @@ async def _join(options: Options, folder: DataFolder, ledger: SigningLedger, fau
             deadline_s=START_PATIENCE_S,
             waiting=waiting,
         )
+        if options.upload_limit is not None:
+            plane.limit_upload(MBIT * options.upload_limit)
         try:
             volunteer = Volunteer(
                 client,
@@ -115,6 +124,7 @@ async def _join(options: Options, folder: DataFolder, ledger: SigningLedger, fau
                 conduct=kinds.conduct(options.cheat),
                 faults=faults,
                 audits=options.audits,
+                download_limit=None if options.download_limit is None else TokenBucket(MBIT * options.download_limit),
             )
             gc.freeze()  # what was imported stays; collecting it over and over costs as much as an exchange
             await _until_stopped(volunteer.run, volunteer.finish)

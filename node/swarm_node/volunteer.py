@@ -35,13 +35,15 @@ from swarm_protocol import checkpoint as checkpoints
 from swarm_protocol.auditor import Auditor
 from swarm_protocol.checkpoint import Checkpoint
 from swarm_protocol.client import Commitments, CoordinatorClient, SealedRound
+from swarm_protocol.dht import TTL_S as ADDRESS_TTL_S
 from swarm_protocol.errors import InvalidDataError, RefusedError, SwarmError, UnreachableError
 from swarm_protocol.fingerprint import fingerprint_hash, runtime_fingerprint
 from swarm_protocol.http import persist
 from swarm_protocol.layout import require_same
-from swarm_protocol.peers import ADDRESS_TTL_S, PeerPlane
+from swarm_protocol.peers import PeerPlane
 from swarm_protocol.records import Addresses, Commitment, Envelope, NonceOpening, Ready, Record, Registration, RoundPlan
 from swarm_protocol.signing import SigningLedger
+from swarm_protocol.throttle import TokenBucket
 from swarm_protocol.training import NonFiniteError, TrainingCancelledError
 
 log = logging.getLogger(__name__)
@@ -71,6 +73,7 @@ class Volunteer:
         conduct: Conduct = HONEST,
         faults: Faults = NONE,
         audits: bool = False,
+        download_limit: TokenBucket | None = None,
     ) -> None:
         self._client = client
         self._spec = client.spec
@@ -93,10 +96,13 @@ class Volunteer:
         self._keeper = CheckpointKeeper(
             client,
             plane,
+            ledger,
             self._run_folder,
             self._evidence,
             say=say,
             fetching=partial(self._tell, "fetching the checkpoint"),
+            limit=download_limit,
+            faults=self._faults,
         )
         self._stopping = asyncio.Event()
         self._trunk: fetch.Float32 | None = None
@@ -120,10 +126,11 @@ class Volunteer:
         self._evidence.restore(self._spec, self._run_folder)
         await self._keeper.restore()
         served = {**self._evidence.handlers, **reduction_evidence.handlers(self._spec, self._run_folder)}
-        await self._plane.serve({**self._conduct.evidence(served), **self._desk.handlers})
+        await self._plane.serve({**self._conduct.evidence(served), **self._desk.handlers, **self._keeper.handlers})
         await self._register()
         shards = await self._patiently(lambda: fetch.Shards.open(self._client, self._run_folder.shards))
         presence = asyncio.create_task(self._stay_connected())
+        announcing = asyncio.create_task(self._keeper.announce())
         auditing = asyncio.create_task(self._audit()) if self._audits else None
         try:
             self._tell("fetching what the run starts from")
@@ -146,7 +153,7 @@ class Volunteer:
                     await self._take_part(plan, checkpoint, shards)
             await self._serve_out()
         finally:
-            ending = [task for task in (presence, auditing, *self._background) if task is not None]
+            ending = [task for task in (presence, announcing, auditing, *self._background) if task is not None]
             await _end(ending)
             self._tell("stopped")
 
@@ -200,7 +207,7 @@ class Volunteer:
         def record(sequence: int) -> Addresses:
             return Addresses(run=self._spec.run_id, round=0, sequence=sequence, multiaddrs=addresses)
 
-        await self._plane.announce(await asyncio.to_thread(self._ledger.sign_next, record))
+        await self._plane.directory.announce(await asyncio.to_thread(self._ledger.sign_next, record))
 
     # A round
 

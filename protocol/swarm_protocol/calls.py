@@ -18,6 +18,7 @@ from swarm_protocol.errors import EncodingError, RefusedError
 LENGTHS = struct.Struct("<IQ")
 MAX_HEADER_BYTES = 1 << 16
 MAX_PEERS_COUNTED = 1 << 10
+WRITE_BYTES = 1 << 18
 
 Header = Mapping[str, encoding.Value]
 Path = Literal["daemon", "direct"]
@@ -86,6 +87,12 @@ def pack(header: Header, size_bytes: int) -> bytes:
     if len(head) > MAX_HEADER_BYTES:
         raise EncodingError(f"a header of {len(head)} bytes; at most {MAX_HEADER_BYTES} are allowed")
     return LENGTHS.pack(len(head), size_bytes) + head
+
+
+def pieces_of(head: bytes, body: Bytes | memoryview) -> list[Bytes | memoryview]:
+    """A message in pieces of up to `WRITE_BYTES`, the head first; nothing is copied."""
+    view = memoryview(body)
+    return [head, *(view[start : start + WRITE_BYTES] for start in range(0, len(view), WRITE_BYTES))]
 
 
 def unpack_lengths(raw: Bytes) -> tuple[int, int]:

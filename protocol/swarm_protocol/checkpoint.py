@@ -56,14 +56,34 @@ class Checkpoint:
         Raises:
             HashMismatchError: another length than this run's, or another root.
         """
-        count = spec.num_trainable
-        if memoryview(data).nbytes != 8 * count:
-            raise HashMismatchError(f"a checkpoint of this run has {8 * count} bytes")
-        values = np.frombuffer(data, dtype="<f4").astype(np.float32, copy=False)
-        checkpoint = cls(round_number, values[:count], values[count:])
+        checkpoint = cls._parse(spec, round_number, data)
         if checkpoint.root != root:
             raise HashMismatchError("the checkpoint's bytes do not have the root that was asked for")
         return checkpoint
+
+    @classmethod
+    def from_verified(cls, spec: RunSpec, round_number: int, data: Any, manifest: StateManifest) -> Checkpoint:
+        """Parse parameters || momentum, every chunk of which was verified by this manifest: nothing is hashed again.
+
+        Raises:
+            HashMismatchError: another length than this run's.
+        """
+        checkpoint = cls._parse(spec, round_number, data)
+        checkpoint.__dict__["manifest"] = manifest  # where `cached_property` keeps it
+        return checkpoint
+
+    @classmethod
+    def _parse(cls, spec: RunSpec, round_number: int, data: Any) -> Checkpoint:
+        count = spec.num_trainable
+        if memoryview(data).nbytes != size_bytes(spec):
+            raise HashMismatchError(f"a checkpoint of this run has {size_bytes(spec)} bytes")
+        values = np.frombuffer(data, dtype="<f4").astype(np.float32, copy=False)
+        return cls(round_number, values[:count], values[count:])
+
+
+def size_bytes(spec: RunSpec) -> int:
+    """The size of a run's checkpoints."""
+    return 8 * spec.num_trainable
 
 
 def decode_average(spec: RunSpec, part: int, data: bytes | bytearray, out: F32 | None = None) -> F32:

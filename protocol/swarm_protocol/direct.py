@@ -27,6 +27,7 @@ from swarm_protocol.calls import (
     Header,
     Traffic,
     pack,
+    pieces_of,
     unpack_header,
     unpack_lengths,
 )
@@ -269,8 +270,7 @@ class DirectPlane:
         """
         if self.upload is None:
             return [head, body]
-        view = memoryview(body)
-        pieces = [head, *(view[start : start + WRITE_BYTES] for start in range(0, len(view), WRITE_BYTES))]
+        pieces = pieces_of(head, body)
         for piece in pieces[:-1]:
             await self.upload.wait(len(piece), urgent=urgent)
             send = partial(channel.send, piece, deadline=deadline, until_answered=until_answered)

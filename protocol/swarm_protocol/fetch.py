@@ -10,46 +10,28 @@ from weakref import WeakValueDictionary
 import numpy as np
 import numpy.typing as npt
 
+from swarm_protocol import checkpoint as checkpoints
 from swarm_protocol.checkpoint import Checkpoint
-from swarm_protocol.chunks import manifest_of
+from swarm_protocol.chunks import StateManifest, manifest_of
 from swarm_protocol.client import MAX_CHUNK_BYTES, CoordinatorClient
 from swarm_protocol.data import Dataset, DatasetManifest
+from swarm_protocol.download import CoordinatorSource, Download, InMemory, Partial
 from swarm_protocol.errors import HashMismatchError
 from swarm_protocol.files import write_atomic
 from swarm_protocol.tolerances import MAX_BYTES, Tolerances
-
-PARALLEL = 4
 
 Float32 = npt.NDArray[np.float32]
 
 
 async def checkpoint(client: CoordinatorClient, round_number: int, root: bytes) -> Checkpoint:
-    """Download a checkpoint by its root.
+    """Download a checkpoint by its root into memory, from the coordinator alone.
 
     Raises:
         UnreachableError, RefusedError, HashMismatchError
     """
-    found = await state(client, root, 8 * client.spec.num_trainable)
-    return await asyncio.to_thread(Checkpoint.from_bytes, client.spec, round_number, found, root)
-
-
-async def state(client: CoordinatorClient, root: bytes, size_bytes: int) -> bytes:
-    """Download a state by its root, chunk by chunk, each verified.
-
-    Raises:
-        UnreachableError, RefusedError
-        HashMismatchError: it has another size, or a chunk has other bytes.
-    """
-    manifest = await client.state_manifest(root)
-    if manifest.size_bytes != size_bytes:
-        raise HashMismatchError(f"a state of {manifest.size_bytes} bytes where this run has one of {size_bytes}")
-    gate = asyncio.Semaphore(PARALLEL)
-
-    async def chunk(digest: bytes) -> bytes:
-        async with gate:
-            return await client.chunk(digest)
-
-    return b"".join(await asyncio.gather(*(chunk(digest) for digest in manifest.hashes)))
+    sources = [CoordinatorSource(client)]
+    whole = await Download(root, checkpoints.size_bytes(client.spec), sources, InMemory).run()
+    return Checkpoint.from_verified(client.spec, round_number, whole.data, whole.manifest)
 
 
 _trunks: WeakValueDictionary[str, Float32] = WeakValueDictionary()
@@ -70,7 +52,7 @@ async def trunk(client: CoordinatorClient, folder: Path) -> Float32 | None:
     if found is None:
         found = await asyncio.to_thread(_read_trunk, path, name)
     if found is None:
-        write_atomic(path, await state(client, bytes.fromhex(name), size_bytes))
+        await _to_file(client, bytes.fromhex(name), size_bytes, path)
         found = await asyncio.to_thread(_read_trunk, path, name)
         if found is None:
             raise HashMismatchError(f"{path} has other bytes than were written to it; check the disk")
@@ -86,6 +68,20 @@ def _read_trunk(path: Path, root: str) -> Float32 | None:
         return None
     values.flags.writeable = False
     return values if manifest_of(values).root.hex() == root else None
+
+
+async def _to_file(client: CoordinatorClient, root: bytes, size_bytes: int, path: Path) -> None:
+    """Download a state by its root into a file, going on where an earlier process was."""
+
+    def begin(manifest: StateManifest) -> Partial:
+        return Partial(manifest, path.with_name(f"{path.name}.part"))
+
+    download = Download(root, size_bytes, [CoordinatorSource(client)], begin)
+    try:
+        await asyncio.to_thread((await download.run()).finish, path)
+    finally:
+        if download.sink is not None:
+            download.sink.close()
 
 
 async def tolerances(client: CoordinatorClient) -> Tolerances | None:

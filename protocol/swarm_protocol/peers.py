@@ -5,7 +5,7 @@ the two can reach each other, a direct TLS connection (`direct`), which costs a 
 that libp2p, or the direct connection's handshake, authenticated. Every wait has a deadline; a header or a body above its
 bound is refused before it is read. Whoever answers a call decides what is allowed; nothing here knows about rounds.
 
-Addresses are found in the DHT by PeerID: every peer stores its own signed `Addresses` record there.
+Addresses, and who has which checkpoint, are found in the DHT (`dht`).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from swarm_protocol import processes
 from swarm_protocol.calls import (
     LENGTHS,
     MAX_HEADER_BYTES,
+    WRITE_BYTES,
     Answer,
     Bytes,
     Call,
@@ -32,9 +33,11 @@ from swarm_protocol.calls import (
     Header,
     Traffic,
     pack,
+    pieces_of,
     unpack_header,
     unpack_lengths,
 )
+from swarm_protocol.dht import Directory, Guard
 from swarm_protocol.direct import Address, DirectPlane, NoDirectPathError, parse_addresses
 from swarm_protocol.errors import (
     ConfigurationError,
@@ -45,14 +48,11 @@ from swarm_protocol.errors import (
     UnreachableError,
 )
 from swarm_protocol.identity import Identity, peer_id
-from swarm_protocol.records import Addresses, Envelope
 from swarm_protocol.throttle import TokenBucket
 
 log = logging.getLogger(__name__)
 
 PROTOCOL = "/swarm-node/call/1"
-WRITE_BYTES = 1 << 18
-ADDRESS_TTL_S = 600.0
 LINGER_S = 2.0
 DIRECT_S = 3.0
 
@@ -80,9 +80,9 @@ class PeerPlane:
     ) -> None:
         self.identity = identity
         self.traffic = Traffic()
-        self._run = run
         self._p2p = p2p
         self._dht = dht
+        self.directory = Directory(dht, run, identity.public_key)
         self._handlers: dict[str, Handler] = {}
         self._connected: dict[bytes, float] = {}
         self.reachable = reachable
@@ -140,7 +140,7 @@ class PeerPlane:
                 p2p=p2p,
                 start=False,
                 client_mode=client_only,
-                record_validators=(),
+                record_validators=(Guard(run, hivemind.utils.MSGPackSerializer.loads),),
             )
             dht.start()
             await asyncio.wait_for(asyncio.to_thread(dht.wait_until_ready, timeout_s), timeout_s + 5)
@@ -302,7 +302,7 @@ class PeerPlane:
 
     async def _connect(self, peer: bytes) -> None:
         """Dial the addresses that the peer stored in the DHT; without any, the daemon's own routing has to do."""
-        for address in await self.lookup(peer):
+        for address in await self.directory.lookup(peer):
             with contextlib.suppress(Exception):
                 await self.dial([address])
                 return
@@ -319,46 +319,6 @@ class PeerPlane:
             async with asyncio.timeout(timeout_s):
                 await self._p2p._client.connect(target, [plain])
 
-    # Addresses in the DHT
-
-    async def announce(self, envelope: Envelope, timeout_s: float = 10.0) -> None:
-        """Store our signed `Addresses` under our PeerID. A few hundred bytes; larger values can hang hivemind's DHT.
-
-        Raises:
-            UnreachableError
-        """
-        hivemind, _, _ = _hivemind()
-        future = self._dht.store(
-            self._dht_key(self.identity.public_key),
-            envelope.encode(),
-            hivemind.utils.get_dht_time() + ADDRESS_TTL_S,
-            return_future=True,
-        )
-        try:
-            await asyncio.to_thread(future.result, timeout_s)
-        except Exception as error:
-            raise UnreachableError(f"the DHT does not store our addresses: {error}") from error
-
-    async def lookup(self, peer: bytes, timeout_s: float = 5.0) -> list[str]:
-        """The addresses that this peer announced and signed, or none."""
-        future = self._dht.get(self._dht_key(peer), latest=True, return_future=True)
-        try:
-            found = await asyncio.to_thread(future.result, timeout_s)
-        except Exception as error:  # noqa: BLE001  # whatever the DHT process raised
-            log.debug("the DHT does not answer: %s", error)
-            return []
-        if found is None or not isinstance(found.value, bytes) or len(found.value) > MAX_HEADER_BYTES:
-            return []
-        try:
-            record = Envelope.decode(found.value).open_as(Addresses, run=self._run, key=peer)
-        except InvalidDataError as error:
-            log.warning("the DHT holds addresses of %s that are not its own: %s", peer_id(peer), error)
-            return []
-        return list(record.multiaddrs)
-
-    def _dht_key(self, peer: bytes) -> str:
-        return f"swarm-node/{self._run.hex()[:16]}/addresses/{peer_id(peer)}"
-
     # Messages on the daemon's streams
 
     async def _send(
@@ -371,13 +331,12 @@ class PeerPlane:
         urgent: bool = True,
     ) -> None:
         head = pack(header, len(body))
-        view = memoryview(body)
-        for piece in (head, *(view[start : start + WRITE_BYTES] for start in range(0, len(view), WRITE_BYTES))):
+        for piece in pieces_of(head, body):
             if self.upload is not None:
                 await self.upload.wait(len(piece), urgent=urgent)
             writer.write(piece)
             await writer.drain()
-        self.traffic.note(peer, "daemon", sent=len(head) + len(view))
+        self.traffic.note(peer, "daemon", sent=len(head) + len(body))
 
     async def _receive_header(self, peer: bytes, reader: asyncio.StreamReader) -> tuple[dict[str, Any], int]:
         length, size = unpack_lengths(await reader.readexactly(LENGTHS.size))

@@ -281,8 +281,8 @@ def test_garbage_on_a_stream_ends_that_stream_only(planes: Planes, garbage: byte
 def test_a_peer_is_found_by_its_key_through_the_addresses_it_signed(planes: Planes) -> None:
     first, key = planes.first, planes.first.identity.public_key
     record = Addresses(run=RUN, round=0, multiaddrs=(planes.address,))
-    planes.run(first.announce(Envelope.sign(first.identity, record)))
-    assert planes.run(planes.second.lookup(key)) == [planes.address]
+    planes.run(first.directory.announce(Envelope.sign(first.identity, record)))
+    assert planes.run(planes.second.directory.lookup(key)) == [planes.address]
 
 
 def test_addresses_that_their_peer_did_not_sign_for_this_run_are_ignored(
@@ -308,9 +308,11 @@ def test_addresses_that_their_peer_did_not_sign_for_this_run_are_ignored(
         )
     ):
         expiration = time.time() + 100 + 10 * number
-        key = forger._dht_key(victim.public_key)
+        key = forger.directory.addresses_key(victim.public_key)
         assert planes.run(_store(forger, key, value, expiration))
-        assert planes.run(planes.first.lookup(victim.public_key)) == ([planes.address] if value is honest else [])
+        assert planes.run(planes.first.directory.lookup(victim.public_key)) == (
+            [planes.address] if value is honest else []
+        )
     assert "not its own" in caplog.text
 
 

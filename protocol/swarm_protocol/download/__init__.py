@@ -1,10 +1,10 @@
 """Getting a state from many sources at once, every chunk verified, and serving the chunks that are here to others.
 
-    sources      whom chunks are asked of: a peer, or the coordinator
-    picking      which chunks to ask next, and of whom how many; decisions without I/O
-    downloading  the download itself
-    partial      a download on disk that a crash does not undo
-    serving      chunks to others, of what is whole and of what is under way
+sources      whom chunks are asked of: a peer, or the coordinator
+picking      which chunks to ask next, and of whom how many; decisions without I/O
+downloading  the download itself
+partial      a download on disk that a crash does not undo
+serving      chunks to others, of what is whole and of what is under way
 """
 
 from swarm_protocol.download.downloading import Download

@@ -17,8 +17,8 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from swarm_protocol.chunks import StateManifest
 from swarm_protocol.calls import Bytes
+from swarm_protocol.chunks import StateManifest
 from swarm_protocol.download.partial import Flags, Sink
 from swarm_protocol.download.picking import Picker, Window
 from swarm_protocol.download.sources import Source

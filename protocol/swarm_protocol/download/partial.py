@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from swarm_protocol.chunks import CHUNK_BYTES, Buffer, StateManifest, content_hash
+from swarm_protocol.chunks import CHUNK_BYTES, StateManifest, content_hash
 from swarm_protocol.errors import ConfigurationError, HashMismatchError
 from swarm_protocol.files import sync_directory
 
@@ -30,7 +30,6 @@ class Sink(Protocol):
 
     manifest: StateManifest
     have: Flags
-    data: Buffer
 
     def write(self, index: int, data: memoryview) -> None:
         """Keep a chunk that was verified. Blocking; several threads may write at once, each another chunk."""

@@ -19,7 +19,7 @@ MAX_FAILURES = 4
 
 
 class Window:
-    """How much is asked of one source at once: more while it is fast, less once it is slow, nothing for a while when it fails.
+    """How much is asked of one source at once: more while it is fast, less once it is slow, nothing for a while if it fails.
 
     `calls` is the number of calls at a time, `run` the number of neighbouring chunks in a call; `latency_s` is what a call
     took of late, `None` before the first one.
@@ -97,7 +97,9 @@ class Picker:
             count += 1
         return first, count
 
-    def pick_again(self, held: Flags, asked_here: Flags, waiting_s: npt.NDArray[np.float64], patience_s: float) -> int | None:
+    def pick_again(
+        self, held: Flags, asked_here: Flags, waiting_s: npt.NDArray[np.float64], patience_s: float
+    ) -> int | None:
         """At the end: a chunk that somebody else has been asked for for longer than `patience_s`; the longest first.
 
         Args:
@@ -116,4 +118,5 @@ class Picker:
 
     def unasked(self, where: slice) -> Flags:
         """Of these chunks, those that nobody is asked for now."""
-        return self._asked[where] == 0
+        free: Flags = self._asked[where] == 0
+        return free

@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 
 from swarm_protocol.calls import Answer, Call, Handler
-from swarm_protocol.chunks import CHUNK_BYTES, StateManifest
+from swarm_protocol.chunks import CHUNK_BYTES, StateManifest, manifest_of
 from swarm_protocol.download.partial import Flags, mapped
 from swarm_protocol.download.picking import MAX_RUN
 from swarm_protocol.errors import HashMismatchError, RefusedError
@@ -45,22 +45,27 @@ class Held(Protocol):
 class StateFile:
     """A whole state in a file, mapped, so that it can be served even when the file is deleted."""
 
-    def __init__(self, path: Path, manifest: StateManifest) -> None:
-        """Open it. Whether it is what the manifest says is found out when it is used.
+    def __init__(self, data: memoryview, manifest: StateManifest) -> None:
+        self.data = data
+        self.manifest = manifest
+        self.have = np.ones(len(manifest.hashes), np.bool_)
+
+    @classmethod
+    def open(cls, path: Path, manifest: StateManifest | None = None) -> StateFile:
+        """Map a file; without its manifest, which is believed, the file is hashed.
 
         Raises:
-            OSError: it cannot be opened, or is not of the right size.
+            OSError: it cannot be opened, or is not of the manifest's size.
         """
-        self.manifest = manifest
-        self.path = path
-        self.have = np.ones(len(manifest.hashes), np.bool_)
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            self.data = mapped(descriptor)
+            data = mapped(descriptor)
         finally:
             os.close(descriptor)
-        if len(self.data) != manifest.size_bytes:
-            raise OSError(f"{path} has {len(self.data)} bytes, not {manifest.size_bytes}")
+        manifest = manifest_of(data) if manifest is None else manifest
+        if len(data) != manifest.size_bytes:
+            raise OSError(f"{path} has {len(data)} bytes, not {manifest.size_bytes}")
+        return cls(data, manifest)
 
     def view(self, first: int, count: int) -> memoryview:
         return self.data[first * CHUNK_BYTES : (first + count) * CHUNK_BYTES]
@@ -87,7 +92,7 @@ class ChunkDesk:
     async def _chunks(self, call: Call) -> Answer:
         state = await self._state(call)
         first, count = int(call.header["first"]), int(call.header["count"])
-        if not (0 <= first < len(state.have) and 0 < count):
+        if not (0 <= first < len(state.have) and count > 0):
             raise RefusedError("there are no such chunks")
         backlog_s = self._backlog_s()
         if backlog_s > BUSY_S:

@@ -14,6 +14,7 @@ from swarm_protocol.records.rounds import (
     CommitmentSet,
     Dismissal,
     Evaluation,
+    Holding,
     PartHeld,
     PartRecord,
     Ready,
@@ -26,7 +27,7 @@ from swarm_protocol.records.sketches import PartReceipt, Sketches, SketchObjecti
 KINDS: dict[str, type[Record]] = {
     record.kind: record
     for record in (
-        Registration, Appointment, Dismissal, Addresses, Ready, RoundPlan, Commitment, CommitmentSet, Sketches,
+        Registration, Appointment, Dismissal, Addresses, Holding, Ready, RoundPlan, Commitment, CommitmentSet, Sketches,
         SketchObjection, SketchSet, PartRecord, PartReceipt, PartHeld, CheckpointReport, RoundManifest, CheckpointManifest,
         NonceOpening, BeaconReveal, Evidence, Verdict, PartVerdict, Equivocation, Evaluation, Receipt, LogHead, Ban, RunEnd,
         CreditStatement,

@@ -64,6 +64,13 @@ class Addresses(Record):
     multiaddrs: Annotated[tuple[Multiaddr, ...], Strict(False), Field(min_length=1, max_length=16)]
 
 
+class Holding(Record):
+    """The signer serves a checkpoint to whoever downloads it; it stands in the DHT, and nowhere else."""
+
+    kind: ClassVar[str] = "holding"
+    root: Bytes32
+
+
 class Ready(Record):
     """A node holds the checkpoint that round `round` starts from, and would take a slot in it. Repeated as a heartbeat."""
 

@@ -51,7 +51,7 @@ def test_a_durable_file_is_on_disk_before_it_has_its_name(tmp_path: Path, monkey
     assert synced == []
     path.unlink()
     write_atomic(path, b"content")
-    assert synced == [False]
+    assert synced == [False, True], "the file, then the folder that has its name"
 
 
 def test_a_write_that_fails_leaves_the_old_content_and_no_scraps(

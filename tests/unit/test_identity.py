@@ -174,7 +174,8 @@ def test_the_key_file_is_never_open_to_others(tmp_path: Path, monkeypatch: pytes
 
     def watched_open(path: Path, flags: int, mode: int = 0o777) -> int:
         descriptor = opened(path, flags, mode)
-        seen.append(stat.S_IMODE(os.fstat(descriptor).st_mode))
+        if not flags & os.O_DIRECTORY:
+            seen.append(stat.S_IMODE(os.fstat(descriptor).st_mode))
         return descriptor
 
     def watched_link(source: Path, target: Path) -> None:

@@ -27,6 +27,7 @@ from swarm_protocol.throttle import TokenBucket
 
 log = logging.getLogger(__name__)
 
+CALL_S = 30.0
 STAGGER_S = 0.5
 TICK_S = 0.1
 GRACE_S = 1.0
@@ -35,7 +36,9 @@ RESERVE_BELOW_BYTES_PER_S = 2e6
 REFRESH_S = 2.0
 MORE_S = 15.0
 STALL_S = 60.0
-FIRST_PATIENCE_S = 1.0
+FIRST_LATENCY_S = 0.5
+PATIENCE = 2.0
+"""A chunk is late that takes so many times as long as the one who would bring it instead takes for a call."""
 
 S = TypeVar("S", bound=Sink)
 
@@ -62,6 +65,7 @@ class Download(Generic[S]):
         more: further sources, asked for again and again while the download lasts.
         limit: what is asked for is taken from this bucket.
         rng: the order in which this downloader asks.
+        call_s: how long a call may take.
     """
 
     def __init__(
@@ -75,6 +79,7 @@ class Download(Generic[S]):
         more: Callable[[], Awaitable[Iterable[Source]]] | None = None,
         limit: TokenBucket | None = None,
         rng: np.random.Generator | None = None,
+        call_s: float = CALL_S,
     ) -> None:
         self.sink: S | None = None
         self.bytes_by_source: dict[str, int] = {}
@@ -85,6 +90,7 @@ class Download(Generic[S]):
         self._open_sink = open_sink
         self._more = more
         self._limit = limit
+        self._call_s = call_s
         self._rng = np.random.default_rng() if rng is None else rng
         self._contacts: dict[bytes, _Contact] = {}
         self._meeting: set[bytes] = set()
@@ -228,7 +234,7 @@ class Download(Generic[S]):
                 share = 1 + self._picker.left // (4 * len(self._contacts))
                 found = self._picker.pick(held, min(contact.window.run, share))
                 if found is None and self._picker.all_asked:
-                    patience_s = contact.window.latency_s or FIRST_PATIENCE_S
+                    patience_s = PATIENCE * (contact.window.latency_s or FIRST_LATENCY_S)
                     again = self._picker.pick_again(held, contact.asked, waiting_s, patience_s)
                     found = None if again is None else (again, 1)
                 if found is None:
@@ -271,7 +277,7 @@ class Download(Generic[S]):
                 await self._limit.wait(sum(self._manifest.chunk_size(index) for index in range(first, first + count)))
             asked_at = self._now()
             self._since[where] = np.minimum(self._since[where], asked_at)
-            data = await source.chunks(self._manifest, first, count)
+            data = await self._in_time(source, first, count)
             took_s = self._now() - asked_at
             taken = await asyncio.to_thread(self._take, first, count, data)
             self._progress_at = self._now()
@@ -298,6 +304,13 @@ class Download(Generic[S]):
             self._picker.unask(first, count)
             self._picker.missing[where] &= ~self._sink.have[where]
             self._since[where][self._picker.unasked(where)] = np.inf
+
+    async def _in_time(self, source: Source, first: int, count: int) -> Bytes:
+        try:
+            async with asyncio.timeout(self._call_s):
+                return await source.chunks(self._manifest, first, count)
+        except TimeoutError:
+            raise UnreachableError(f"{source.name} takes longer than {self._call_s:.0f} s for a chunk") from None
 
     def _lacks(self, contact: _Contact, where: slice) -> None:
         """A source does not have chunks that it was thought to have."""

@@ -21,7 +21,7 @@ from swarm_protocol.identity import peer_id
 from swarm_protocol.peers import PeerPlane
 
 ASK_S = 10.0
-CHUNKS_S = 30.0
+CHUNKS_S = 60.0
 MAX_BUSY_MS = 30_000
 
 

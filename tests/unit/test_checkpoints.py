@@ -18,6 +18,7 @@ from swarm_protocol import fetch
 from swarm_protocol.calls import Call, Handler
 from swarm_protocol.checkpoint import Checkpoint
 from swarm_protocol.chunks import CHUNK_BYTES, StateManifest, chunks, content_hash
+from swarm_protocol.download import picking
 from swarm_protocol.errors import RefusedError, SwarmError, UnreachableError
 from swarm_protocol.identity import Identity
 from swarm_protocol.records import Envelope, Holding
@@ -225,7 +226,11 @@ def test_a_pointer_that_is_damaged_is_as_good_as_none(nodes: Nodes, coordinator:
         assert nodes.folder("a").load_checkpoint() is None
 
 
-def test_a_download_goes_on_when_the_coordinator_is_back(nodes: Nodes, coordinator: Coordinator) -> None:
+def test_a_download_goes_on_when_the_coordinator_is_back(
+    nodes: Nodes, coordinator: Coordinator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(picking, "FIRST_PAUSE_S", 0.01)
+
     class Leaving(Coordinator):
         async def chunk(self, digest: bytes, *, timeout_s: float) -> bytes:
             self.away = self.asked == 2

@@ -33,7 +33,7 @@ def test_a_node_joins_past_a_corrupt_a_dying_and_a_frozen_seeder_and_its_own_dea
     run.join("corrupt", "--fault", "garbage:seeding:1")
     run.join("dying", "--fault", "kill:seeding:1")
     run.join("frozen")
-    run.reaches(1, "training")
+    run.reaches(1, "training", timeout_s=200)
     run.nodes["frozen"].signal(signal.SIGSTOP)  # which also lets the round wait
 
     run.join("late", "--download-limit", "16")

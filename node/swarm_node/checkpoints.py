@@ -1,9 +1,9 @@
 """The checkpoint that a node holds: loaded from its disk, or fetched from everybody who has it, kept, served, announced.
 
-A node that missed rounds takes their averages, or a checkpoint whole, whichever is fewer bytes. A checkpoint is a file of
-its own, mapped into memory, under its root; the newest two are served, and of one that is being downloaded what is there
-already. Nothing here waits for others who are away: whoever calls repeats what raised `UnreachableError`, and a download goes
-on where it was, after a crash as well.
+A checkpoint is a file of its own, mapped into memory, under its root; the newest two are served, and of one that is
+being downloaded what is there already. A node that missed rounds takes their averages, or a checkpoint whole, whichever is
+fewer bytes. Nothing here waits for others who are away: whoever calls repeats what raised `UnreachableError`, and a
+download goes on where it was, after a crash as well.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class CheckpointKeeper:
         found = await asyncio.to_thread(self._folder.load_checkpoint)
         if found is not None:
             self.current, self._states[found[0].root] = found
-            self._serve()
+            self._evidence.hold(found[1].manifest, self._folder.checkpoint_path(found[0].root))
 
     async def catch_up(self) -> Checkpoint:
         """Hold the newest sealed checkpoint.
@@ -126,13 +126,9 @@ class CheckpointKeeper:
     async def hold(self, checkpoint: Checkpoint) -> None:
         """Keep this one from now on, on disk as well."""
         await asyncio.to_thread(self._keep, checkpoint)
+        self._evidence.hold(checkpoint.manifest, self._folder.checkpoint_path(checkpoint.root))
         self.current = checkpoint
-        self._serve()
         self._changed.set()
-
-    def _serve(self) -> None:
-        if self.current is not None:
-            self._evidence.hold(self.current.manifest, self._folder.checkpoint_path(self.current.root))
 
     async def announce(self) -> None:
         """Say in the DHT what others can fetch here, whenever it changes and before it is forgotten; until cancelled."""

@@ -30,18 +30,18 @@ from swarm_node.exchange import Exchange, ExchangeDesk
 from swarm_node.faults import NONE, Faults
 from swarm_node.folder import DataFolder, RunFolder
 from swarm_node.measured import Measured
+from swarm_node.presence import stay_connected
 from swarm_protocol import PROTOCOL_VERSION, __version__, audit, data, fetch
 from swarm_protocol import checkpoint as checkpoints
 from swarm_protocol.auditor import Auditor
 from swarm_protocol.checkpoint import Checkpoint
 from swarm_protocol.client import Commitments, CoordinatorClient, SealedRound
-from swarm_protocol.dht import TTL_S as ADDRESS_TTL_S
 from swarm_protocol.errors import InvalidDataError, RefusedError, SwarmError, UnreachableError
 from swarm_protocol.fingerprint import fingerprint_hash, runtime_fingerprint
 from swarm_protocol.http import persist
 from swarm_protocol.layout import require_same
 from swarm_protocol.peers import PeerPlane
-from swarm_protocol.records import Addresses, Commitment, Envelope, NonceOpening, Ready, Record, Registration, RoundPlan
+from swarm_protocol.records import Commitment, Envelope, NonceOpening, Ready, Record, Registration, RoundPlan
 from swarm_protocol.signing import SigningLedger
 from swarm_protocol.throttle import TokenBucket
 from swarm_protocol.training import NonFiniteError, TrainingCancelledError
@@ -106,7 +106,6 @@ class Volunteer:
         )
         self._stopping = asyncio.Event()
         self._trunk: fetch.Float32 | None = None
-        self._bootstrap: list[str] = []
         self._tokens_per_s = 1000.0
         self._background: set[asyncio.Task[None]] = set()
         self._last_round: int | None = None
@@ -129,7 +128,7 @@ class Volunteer:
         await self._plane.serve({**self._conduct.evidence(served), **self._desk.handlers, **self._keeper.handlers})
         await self._register()
         shards = await self._patiently(lambda: fetch.Shards.open(self._client, self._run_folder.shards))
-        presence = asyncio.create_task(self._stay_connected())
+        presence = asyncio.create_task(stay_connected(self._client, self._plane, self._ledger))
         announcing = asyncio.create_task(self._keeper.announce())
         auditing = asyncio.create_task(self._audit()) if self._audits else None
         try:
@@ -175,25 +174,6 @@ class Volunteer:
         )
         self._say(f"Joined {self._spec.name!r} as {self.progress.name} ({self.progress.peer}).")
 
-    async def _stay_connected(self) -> None:
-        """Keep our addresses in the DHT and a connection to the bootstrap peer, which may restart."""
-        announced_at = -ADDRESS_TTL_S
-        while True:
-            try:
-                if time.monotonic() - announced_at > ADDRESS_TTL_S / 3:
-                    await self._announce(tuple((await self._plane.addresses())[:16]))
-                    announced_at = time.monotonic()
-                peers, recovering = await self._client.peers()
-                self._bootstrap = peers or self._bootstrap
-                if recovering:
-                    await self._client.hand_in()
-                await self._plane.dial(self._bootstrap)
-            except (SwarmError, OSError, TimeoutError, ValueError) as error:
-                log.info("the peer plane is not whole yet: %s", error)
-            except Exception as error:  # noqa: BLE001  # the daemon's own errors; the next turn tries again
-                log.info("the bootstrap peer does not answer: %s", error)
-            await asyncio.sleep(min(5.0, self._spec.rounds.presence_s / 3))
-
     async def _audit(self) -> None:
         """Audit others' contributions beside our own work, where the run owner has appointed us."""
         self._say(f"Auditing as well, once the run owner has appointed {self.progress.peer}.")
@@ -202,12 +182,6 @@ class Volunteer:
             device=self._device, threads=self._threads,
         )  # fmt: skip
         await auditor.run()
-
-    async def _announce(self, addresses: tuple[str, ...]) -> None:
-        def record(sequence: int) -> Addresses:
-            return Addresses(run=self._spec.run_id, round=0, sequence=sequence, multiaddrs=addresses)
-
-        await self._plane.directory.announce(await asyncio.to_thread(self._ledger.sign_next, record))
 
     # A round
 

@@ -32,8 +32,8 @@ seed = 7
 trainable = {trainable}
 
 [model]
-hidden_size = 64
-intermediate_size = 128
+hidden_size = {hidden_size}
+intermediate_size = {intermediate_size}
 num_hidden_layers = 2
 max_position_embeddings = 64
 
@@ -78,6 +78,8 @@ DEFAULTS: dict[str, Any] = {
     "numerics": "native",
     "trainable": '"all"',
     "optimizer": "muon",
+    "hidden_size": 64,
+    "intermediate_size": 128,
     "rounds": 3,
     "min_nodes": 3,
     "max_nodes": 3,

@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 
 from swarm_node.checkpoints import CheckpointKeeper
+from swarm_node.evidence import Evidence
 from swarm_node.folder import RunFolder
 from swarm_protocol import fetch
 from swarm_protocol.calls import Call, Handler
 from swarm_protocol.checkpoint import Checkpoint
 from swarm_protocol.chunks import CHUNK_BYTES, StateManifest, chunks, content_hash
+from swarm_protocol.download import picking
 from swarm_protocol.errors import RefusedError, SwarmError, UnreachableError
 from swarm_protocol.identity import Identity
 from swarm_protocol.records import Envelope, Holding
@@ -50,11 +52,25 @@ class Coordinator:
         newest = self.checkpoints[-1]
         return newest.round, newest.root
 
+    async def json(self, path: str, *, before: int, limit: int) -> dict[str, Any]:
+        """The list of checkpoints, all of which it has whole."""
+        found = [one for one in self.checkpoints if one.round < before]
+        return {"checkpoints": [self._entry(one) for one in reversed(found)][:limit]}
+
+    def _entry(self, one: Checkpoint) -> dict[str, Any]:
+        return {
+            "round": one.round,
+            "root": one.root.hex(),
+            "size_bytes": one.manifest.size_bytes,
+            "whole": True,
+            "delta_bytes": None,
+        }
+
     async def state_manifest(self, root: bytes) -> StateManifest:
         self._answer()
         return next(one.manifest for one in self.checkpoints if one.root == root)
 
-    async def chunk(self, digest: bytes, *, timeout_s: float) -> bytes:
+    async def chunk(self, digest: bytes) -> bytes:
         self._answer()
         self.asked += 1
         return next(
@@ -111,7 +127,7 @@ class Nodes:
         self._ledgers.append(ledger)
         keeper = CheckpointKeeper(
             cast(Any, self._coordinator), self._network.plane(ledger.identity.public_key), ledger, self.folder(name),
-            say=self.said.append, fetching=lambda _: None,
+            Evidence(), say=self.said.append, fetching=lambda _: None,
         )  # fmt: skip
         self._network.handlers[ledger.identity.public_key] = keeper.handlers
         return keeper
@@ -158,10 +174,8 @@ def test_the_first_node_fetches_from_the_coordinator_and_the_second_from_the_fir
         assert await second.catch_up() is second.current, "nothing is fetched twice"
 
     asyncio.run(run())
-    assert (
-        nodes.said
-        == [f"Fetched checkpoint 0 ({coordinator.checkpoints[0].root.hex()[:12]}), every chunk verified."] * 2
-    )
+    said = f"Fetched checkpoint 0 ({coordinator.checkpoints[0].root.hex()[:12]}), every chunk verified"
+    assert [line.split(":")[0] for line in nodes.said] == [said] * 2
 
 
 def test_what_is_announced_is_signed_for_the_run(nodes: Nodes, coordinator: Coordinator) -> None:
@@ -225,11 +239,15 @@ def test_a_pointer_that_is_damaged_is_as_good_as_none(nodes: Nodes, coordinator:
         assert nodes.folder("a").load_checkpoint() is None
 
 
-def test_a_download_goes_on_when_the_coordinator_is_back(nodes: Nodes, coordinator: Coordinator) -> None:
+def test_a_download_goes_on_when_the_coordinator_is_back(
+    nodes: Nodes, coordinator: Coordinator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(picking, "FIRST_PAUSE_S", 0.01)
+
     class Leaving(Coordinator):
-        async def chunk(self, digest: bytes, *, timeout_s: float) -> bytes:
+        async def chunk(self, digest: bytes) -> bytes:
             self.away = self.asked == 2
-            return await super().chunk(digest, timeout_s=timeout_s)
+            return await super().chunk(digest)
 
     checkpoint = coordinator.checkpoints[0]
     leaving = Leaving(coordinator.spec, checkpoint)

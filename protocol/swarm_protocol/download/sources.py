@@ -112,7 +112,7 @@ class CoordinatorSource:
         return None
 
     async def chunks(self, manifest: StateManifest, first: int, count: int) -> Bytes:
-        return await self._client.chunk(manifest.hashes[first], timeout_s=CHUNKS_S)
+        return await self._client.chunk(manifest.hashes[first])
 
 
 def checked_manifest(raw: bytes, root: bytes, size_bytes: int) -> StateManifest:

@@ -23,7 +23,7 @@ from swarm_coordinator.retention import Live, Sealed, garbage
 from swarm_coordinator.run_directory import RunDirectory
 from swarm_coordinator.store import Store
 from swarm_protocol import encoding
-from swarm_protocol.chunks import StateManifest
+from swarm_protocol.chunks import MAX_STATE_BYTES, StateManifest
 from swarm_protocol.data import DatasetManifest
 from swarm_protocol.layout import layout_hash
 from swarm_protocol.records import Envelope, PartRecord, Record, Sketches, parse
@@ -104,7 +104,7 @@ class Collector:
             raw = self._store.get_checkpoint(root)
             if raw is None:
                 return None
-            self._manifests[root] = StateManifest.decode(raw, max_size_bytes=8 * self._spec.model.num_parameters)
+            self._manifests[root] = StateManifest.decode(raw, max_size_bytes=MAX_STATE_BYTES)
         return self._manifests[root]
 
 

@@ -127,6 +127,10 @@ class Store:
         """Every blob, by its hash; from now on `delete_blobs` spares what is put."""
         with self._put_lock:
             self._put.clear()
+        return self.listed()
+
+    def listed(self) -> dict[bytes, Found]:
+        """Every blob, by its hash."""
         return dict(self._list("chunks"))
 
     def states(self) -> dict[bytes, Found]:
@@ -146,6 +150,10 @@ class Store:
                 self._delete([_chunk_path(digest) for digest in some])
             deleted += len(some)
         return deleted
+
+    def discard(self, digest: bytes) -> None:
+        """Delete a blob that is not what its name says."""
+        self._delete([_chunk_path(digest)])
 
     def _list(self, prefix: str) -> Iterator[tuple[bytes, Found]]:
         for page in obstore.list(self._store, prefix):

@@ -82,7 +82,10 @@ async def run(directory: Path, url: str, host: str | None = None) -> None:
         listen = f"/ip4/{_host(host or url)}/tcp/{_port(directory / 'worker' / 'peer-port')}"
         plane = await PeerPlane.start(home.worker_key, client.spec.run_id, listen=[listen])
         try:
-            with open_ledger(home, directory / "worker" / "signed.db", identity) as ledger, contextlib.ExitStack() as stack:
+            with (
+                open_ledger(home, directory / "worker" / "signed.db", identity) as ledger,
+                contextlib.ExitStack() as stack,
+            ):
                 store, evaluator, collector = Store(home.objects_url()), Evaluator(directory), None
                 if home.config().objects.keep == "snapshots":
                     records = stack.enter_context(contextlib.closing(Records(home)))

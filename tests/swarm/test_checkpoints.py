@@ -12,7 +12,7 @@ import httpx
 import psutil
 import pytest
 
-pytestmark = [pytest.mark.swarm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.swarm, pytest.mark.timeout(900)]
 
 Start = Callable[..., Any]
 
@@ -46,7 +46,7 @@ def test_who_lags_takes_deltas_and_what_the_store_lost_comes_back_from_volunteer
     run.serve()
     for name in "abc":
         run.join(name)
-    run.reaches(1)
+    run.reaches(1, timeout_s=300)
     held = run.until(lambda: run.node("c")["checkpoint"].get("round"), what="c holds a checkpoint of its own making")
     kill(run, "c")
     held = run.node("c")["checkpoint"]["round"]
@@ -98,7 +98,7 @@ def test_a_run_goes_on_from_the_coordinators_disk_alone(start_run: Start) -> Non
     run.serve()
     for name in "ab":
         run.join(name)
-    run.reaches(1, "training")
+    run.reaches(1, "training", timeout_s=300)
     run.reaches(2)
     before = run.status()
     kill(run, "coordinator", "a", "b")

@@ -125,7 +125,9 @@ class Chain:
             raise RefusedError("it is not kept whole any more", status=404, code="not-whole")
         return next(one.manifest for one in self.checkpoints if one.root == root)
 
-    async def chunk(self, digest: bytes, *, max_bytes: int = chunks.CHUNK_BYTES) -> bytes:
+    async def chunk(
+        self, digest: bytes, *, max_bytes: int = chunks.CHUNK_BYTES, timeout_s: float = 0.0
+    ) -> bytes:
         if self.away_after is not None and len(self.asked) >= self.away_after:
             raise UnreachableError("the coordinator is away")
         self.asked.append(digest)

@@ -23,7 +23,7 @@ from swarm_coordinator.retention import Live, Sealed, garbage
 from swarm_coordinator.run_directory import RunDirectory
 from swarm_coordinator.store import Store
 from swarm_protocol import encoding
-from swarm_protocol.chunks import MAX_STATE_BYTES, StateManifest
+from swarm_protocol.chunks import MAX_STATE_BYTES, StateManifest, content_hash
 from swarm_protocol.data import DatasetManifest
 from swarm_protocol.layout import layout_hash
 from swarm_protocol.records import Envelope, PartRecord, Record, Sketches, parse
@@ -124,6 +124,7 @@ class Records:
 
     def __init__(self, home: RunDirectory) -> None:
         self._spec = home.spec()
+        self._ancestors = frozenset(content_hash(ancestor.spec) for ancestor in home.ancestors())
         self._engine = open_database(home.database_url())
         self._sealed: list[Sealed] = []
 
@@ -142,7 +143,7 @@ class Records:
             )
             recent = range(max(0, len(sealed) - self._spec.rounds.keep_rounds), len(planned))
             states, blobs = pinned(session, self._spec)
-            blobs = blobs.union(*(_of_round(archive, number) for number in {*recent, *audited}))
+            blobs = blobs.union(self._ancestors, *(_of_round(archive, number) for number in {*recent, *audited}))
             return Live(bytes.fromhex(self._spec.checkpoint), tuple(self._sealed), audited, states, blobs)
 
 

@@ -107,13 +107,14 @@ def from_run(where: str, round_number: int | None) -> Origin:
 
 async def _from_address(url: str, round_number: int | None) -> Origin:
     from swarm_protocol import fetch
+    from swarm_protocol.catching_up import CatchUp
     from swarm_protocol.sealed import sealed
 
     async with await persist(lambda: CoordinatorClient.connect(url), deadline_s=PATIENCE_S) as client:
         found = await sealed(client, round_number)
         with tempfile.TemporaryDirectory(prefix="swarm-init-") as scratch:
             trunk = await fetch.trunk(client, Path(scratch))
-        checkpoint = await fetch.checkpoint(client, found.round, found.root)
+        checkpoint = await CatchUp(client).checkpoint(found.round, found.root)
         name = client.spec.data.tokenizer
         tokenizer = None if name == "bytes" else await client.chunk(bytes.fromhex(name), max_bytes=MAX_CHUNK_BYTES)
         specs = await _specs(client)

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from swarm_protocol import fetch
+from swarm_protocol.catching_up import CatchUp
 from swarm_protocol.checkpoint import Checkpoint
 from swarm_protocol.chunks import content_hash
 from swarm_protocol.client import MAX_CHUNK_BYTES, CoordinatorClient
@@ -76,7 +77,7 @@ async def download(client: CoordinatorClient, cache: Path, round_number: int | N
     with _alone(folder):
         if checkpoint is None:
             remove_leftovers(folder)
-            fetched = await fetch.checkpoint(client, wanted.round, wanted.root)
+            fetched = await CatchUp(client).checkpoint(wanted.round, wanted.root)
             await asyncio.to_thread(write_atomic, path, *fetched.buffers)
             del fetched
             checkpoint = await asyncio.to_thread(_read, client.spec, path, wanted)

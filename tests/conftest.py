@@ -81,15 +81,35 @@ def run_spec() -> RunSpec:
     )
 
 
+def _beside(name: str) -> Any:
+    """The module in the file of this name beside this one."""
+    specification = importlib.util.spec_from_file_location(f"tests_{name}", Path(__file__).with_name(f"{name}.py"))
+    assert specification is not None
+    assert specification.loader is not None
+    module = sys.modules[specification.name] = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def make_chain(run_spec: RunSpec) -> Callable[..., Any]:
+    """`make_chain(codec="int8", keep_rounds=4, snapshot_every=10)`: a chain of checkpoints of a tiny model (`chain.py`)."""
+    chain = _beside("chain")
+
+    def make(codec: str = "int8", **rounds: int) -> Any:
+        changes = {
+            "exchange": run_spec.exchange.model_copy(update={"codec": codec, "parts": 3}),
+            "rounds": run_spec.rounds.model_copy(update={"count": 1000, **rounds}),
+        }
+        return chain.Chain.begin(run_spec.model_copy(update=changes))
+
+    return make
+
+
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Any]:
     """A PostgreSQL server (see `postgres.py`); skips where there is none."""
-    specification = importlib.util.spec_from_file_location("tests_postgres", Path(__file__).with_name("postgres.py"))
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    with module.server() as found:
+    with _beside("postgres").server() as found:
         yield found
 
 

@@ -73,6 +73,9 @@ class Database(_Section):
 
 class Objects(_Section):
     url: str | None = Field(None, description="s3://BUCKET/PREFIX or file:///PATH; left out: objects/ in this folder")
+    keep: Literal["snapshots", "all"] = Field(
+        "snapshots", description="which checkpoints are kept whole; what no kept one needs, and no audit, is deleted"
+    )
 
 
 class Admission(_Section):

@@ -131,6 +131,7 @@ def _build(directory: RunDirectory, options: Options) -> RunSpec:
     )
     document = layout(spec)
     store.put(content_hash(document), document)
+    store.claim(spec.run_id)
     write_atomic(directory.spec_file, spec.encode())
     if spec.parent is not None and options.origin is not None:
         _keep_ancestors(directory, store, options.origin.ancestors)

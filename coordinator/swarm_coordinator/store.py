@@ -1,13 +1,17 @@
 """Content-addressed blobs of a run: checkpoint chunks, data shards, results of rounds; and manifests of checkpoints.
 
 In a folder, or in a bucket of S3 or what speaks like it. A blob is the object `chunks/<hash>`; in a folder this is also one
-that `swarm_protocol.data.Dataset` maps. Objects are whole or not there; several processes may write at once.
+that `swarm_protocol.data.Dataset` maps. Objects are whole or not there; several processes may write at once. The object
+`run` says whose store it is: what several runs share is deleted by none of them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -17,6 +21,17 @@ from obstore.store import LocalStore, S3Store
 
 from swarm_protocol.chunks import Buffer, StateManifest, chunks, content_hash, manifest_of
 from swarm_protocol.errors import ConfigurationError, HashMismatchError
+
+DELETED_AT_ONCE = 256
+SHARED = b"several"
+
+
+@dataclass(frozen=True)
+class Found:
+    """An object that a listing has: its size, and when it was written, in Unix seconds."""
+
+    size_bytes: int
+    written_s: float
 
 
 class Store:
@@ -28,6 +43,8 @@ class Store:
         Raises:
             ConfigurationError: it cannot be opened.
         """
+        self._put_lock = threading.Lock()
+        self._put: set[bytes] = set()
         url = where if isinstance(where, str) else where.absolute().as_uri()
         parts = urlsplit(url)
         self.folder: Path | None = None
@@ -52,6 +69,8 @@ class Store:
         """
         if content_hash(data) != digest:
             raise HashMismatchError(f"a blob that does not hash to {digest.hex()} is not stored under that name")
+        with self._put_lock:
+            self._put.add(digest)
         if self.size_bytes(digest) != len(data):
             obstore.put(self._store, _chunk_path(digest), data)
 
@@ -92,6 +111,65 @@ class Store:
     def whole(self, roots: Iterable[bytes]) -> set[bytes]:
         """Which of these checkpoints have their manifest here."""
         return {root for root in roots if self._size_bytes(_checkpoint_path(root)) is not None}
+
+    # What there is, and what goes
+
+    def claim(self, run: bytes) -> bool:
+        """Say that this store is of this run; False if it is of another one too, which is noted for ever."""
+        owner = self._get("run")
+        if owner is None:
+            obstore.put(self._store, "run", run.hex().encode())
+        elif owner not in (run.hex().encode(), SHARED):
+            obstore.put(self._store, "run", SHARED)
+        return owner in (None, run.hex().encode())
+
+    def blobs(self) -> dict[bytes, Found]:
+        """Every blob, by its hash; from now on `delete_blobs` spares what is put."""
+        with self._put_lock:
+            self._put.clear()
+        return self.listed()
+
+    def listed(self) -> dict[bytes, Found]:
+        """Every blob, by its hash."""
+        return dict(self._list("chunks"))
+
+    def states(self) -> dict[bytes, Found]:
+        """The manifests of checkpoints, by their root."""
+        return dict(self._list("checkpoints"))
+
+    def delete_states(self, roots: Iterable[bytes]) -> None:
+        """Delete manifests of checkpoints; their chunks stay."""
+        self._delete([_checkpoint_path(root) for root in roots])
+
+    def delete_blobs(self, digests: Iterable[bytes]) -> int:
+        """Delete blobs, but for those that this process has put since `blobs` was asked; how many."""
+        deleted, names = 0, list(digests)
+        for start in range(0, len(names), DELETED_AT_ONCE):
+            with self._put_lock:  # whoever puts one of these waits, and then finds it gone
+                some = [digest for digest in names[start : start + DELETED_AT_ONCE] if digest not in self._put]
+                self._delete([_chunk_path(digest) for digest in some])
+            deleted += len(some)
+        return deleted
+
+    def discard(self, digest: bytes) -> None:
+        """Delete a blob that is not what its name says."""
+        self._delete([_chunk_path(digest)])
+
+    def _list(self, prefix: str) -> Iterator[tuple[bytes, Found]]:
+        for page in obstore.list(self._store, prefix):
+            for one in page:
+                name = one["path"].rpartition("/")[2]
+                with contextlib.suppress(ValueError):
+                    if len(name) == 64:
+                        yield bytes.fromhex(name), Found(int(one["size"]), one["last_modified"].timestamp())
+
+    def _delete(self, paths: Sequence[str]) -> None:
+        if self.folder is None and paths:
+            obstore.delete(self._store, list(paths))
+            return
+        for path in paths:
+            with contextlib.suppress(FileNotFoundError):
+                obstore.delete(self._store, path)
 
     def _size_bytes(self, path: str) -> int | None:
         try:

@@ -2,7 +2,8 @@
 
 In a round that needs sketches it says which count and what they select (`selecting`). It fetches each average that a
 reducer published, checks it, keeps its bytes and says so; once the exchange of a round is closed it does the outer step and
-reports the root that the manifest will name; it stores every checkpoint's chunks, and has each evaluated by another process
+reports the root that the manifest will name; it stores every checkpoint's chunks, deletes those that are not kept
+(`collecting`), gets back what the store has lost (`restoring`), and has each checkpoint evaluated by another process
 (`evaluating`). It holds no secrets but its key, and stopping it stops nothing that nodes have begun.
 """
 
@@ -19,14 +20,16 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
+from swarm_coordinator.collecting import Collector, Records
 from swarm_coordinator.db.signing import open_ledger
 from swarm_coordinator.evaluating import Evaluator, wants_sample
+from swarm_coordinator.restoring import Restoring
 from swarm_coordinator.run_directory import RunDirectory
 from swarm_coordinator.selecting import Selecting
 from swarm_coordinator.serving import StoredStates
 from swarm_coordinator.store import Store
 from swarm_protocol import checkpoint as checkpoints
-from swarm_protocol import fetch, parts, sketching, training
+from swarm_protocol import parts, sketching, training
 from swarm_protocol.checkpoint import Checkpoint
 from swarm_protocol.chunks import content_hash
 from swarm_protocol.client import Commitments, CoordinatorClient
@@ -79,9 +82,15 @@ async def run(directory: Path, url: str, host: str | None = None) -> None:
         listen = f"/ip4/{_host(host or url)}/tcp/{_port(directory / 'worker' / 'peer-port')}"
         plane = await PeerPlane.start(home.worker_key, client.spec.run_id, listen=[listen])
         try:
-            with open_ledger(home, directory / "worker" / "signed.db", identity) as ledger:
-                evaluator = Evaluator(directory)
-                await CheckpointWorker(client, plane, ledger, Store(home.objects_url()), evaluator).run()
+            with (
+                open_ledger(home, directory / "worker" / "signed.db", identity) as ledger,
+                contextlib.ExitStack() as stack,
+            ):
+                store, evaluator, collector = Store(home.objects_url()), Evaluator(directory), None
+                if home.config().objects.keep == "snapshots":
+                    records = stack.enter_context(contextlib.closing(Records(home)))
+                    collector = Collector(client.spec, store, records.live)
+                await CheckpointWorker(client, plane, ledger, store, evaluator, collector).run()
         finally:
             await plane.close()
 
@@ -113,6 +122,7 @@ class CheckpointWorker:
         ledger: SigningLedger,
         store: Store,
         evaluator: Evaluator,
+        collector: Collector | None = None,
     ) -> None:
         self._client = client
         self._spec = client.spec
@@ -122,6 +132,10 @@ class CheckpointWorker:
         self._evaluator = evaluator
         self._evaluations: asyncio.Queue[tuple[int, bytes]] = asyncio.Queue()
         self._sealed = asyncio.Event()
+        self._waiting: list[bytes] = []
+        self._collector = collector
+        self._storing = asyncio.Lock()
+        self._restoring = Restoring(client, plane, store)
 
     async def run(self) -> None:
         """Follow the run round by round until its last one is sealed and evaluated."""
@@ -132,11 +146,15 @@ class CheckpointWorker:
         await self._patiently(lambda: self._client.post(here))
         await self._plane.serve(ChunkDesk(StoredStates(self._store).find).handlers)
         round_number, root = await self._patiently(self._client.latest_checkpoint)
-        checkpoint = await self._patiently(lambda: fetch.checkpoint(self._client, round_number, root))
+        checkpoint = await self._restoring.checkpoint(round_number, root)
         await self._catch_up()
         self._newest = checkpoint
-        evaluating = asyncio.create_task(self._evaluate())
         announcing = asyncio.create_task(self._announce())
+        others = [
+            announcing,
+            asyncio.create_task(self._evaluate()),
+            asyncio.create_task(self._restoring.rest(round_number)),
+        ]
         try:
             while checkpoint.round < self._spec.rounds.count:
                 try:
@@ -147,13 +165,16 @@ class CheckpointWorker:
                     break
                 self._newest = checkpoint
                 self._sealed.set()
-                self._evaluations.put_nowait((checkpoint.round, checkpoint.root))
+                self._want_evaluated(checkpoint.round, checkpoint.root)
+                if self._collector is not None and self._collector.due and not self._storing.locked():
+                    others = [*(one for one in others if not one.done()), asyncio.create_task(self._collect_garbage())]
             await self._evaluations.join()
+            await self._collect_garbage()
             log.info("the run's last checkpoint is sealed and evaluated")
             await announcing  # still everybody's first peer
         finally:
-            evaluating.cancel()
-            announcing.cancel()
+            for task in others:
+                task.cancel()
             await self._evaluator.close()
 
     async def _announce(self) -> None:
@@ -187,8 +208,10 @@ class CheckpointWorker:
             for outcome in await asyncio.gather(collecting, selecting, return_exceptions=True):
                 if isinstance(outcome, Exception):
                     log.error("collecting the averages of round %d failed: %s", plan.round, outcome)
-        following = await asyncio.to_thread(checkpoints.advance, self._spec, checkpoint, await self._averages(chosen))
-        await asyncio.to_thread(self._store.put_state, *following.buffers)
+        averages = await self._averages(plan, chosen)
+        following = await asyncio.to_thread(checkpoints.advance, self._spec, checkpoint, averages)
+        async with self._storing:
+            await asyncio.to_thread(self._store.put_state, *following.buffers)
         await self._sign_and_post(
             CheckpointReport(
                 run=self._spec.run_id, round=plan.round, base=plan.base, parts=tuple(chosen), root=following.root
@@ -196,8 +219,8 @@ class CheckpointWorker:
         )
         return following
 
-    async def _averages(self, chosen: list[bytes | None]) -> list[bytes | None]:
-        """The bytes of the part records that a round is sealed with; they are held, or would not have been chosen."""
+    async def _averages(self, plan: RoundPlan, chosen: list[bytes | None]) -> list[bytes | None]:
+        """The bytes of the part records that a round is sealed with; they were held, or would not have been chosen."""
         averages: list[bytes | None] = []
         for name in chosen:
             if name is None:
@@ -205,13 +228,23 @@ class CheckpointWorker:
                 continue
             envelope = await self._patiently(lambda name=name: self._client.record(name))  # type: ignore[misc]
             record = envelope.open_as(PartRecord, run=self._spec.run_id)
-            average = await asyncio.to_thread(self._store.get, record.result)
-            if average is None:
-                raise SwarmError(
-                    f"the average {record.result.hex()} is not in the object store; restore it from a backup"
-                )
+            others = [seat.peer for seat in plan.roster if seat.peer != envelope.key]
+            while (average := await self._fetch([envelope.key, *others], record)) is None:
+                log.error("the average %s is not in the object store, and no node has it", record.result.hex())
+                await asyncio.sleep(RETRY_S)
+            await asyncio.to_thread(self._store.put, record.result, average)
             averages.append(average)
         return averages
+
+    async def _collect_garbage(self) -> None:
+        """Delete what nothing needs any more; no checkpoint is stored meanwhile."""
+        if self._collector is None:
+            return
+        async with self._storing:
+            try:
+                await asyncio.to_thread(self._collector.collect, self._waiting)
+            except Exception as error:  # noqa: BLE001  # the store's or the database's: the run goes on, and the next turn tries again
+                log.warning("garbage is not collected now: %s", error)
 
     # Averages
 
@@ -310,7 +343,11 @@ class CheckpointWorker:
         known = {one["round"] for one in status["evaluations"]}
         for number, root in sealed:
             if number not in known:
-                self._evaluations.put_nowait((number, bytes.fromhex(root)))
+                self._want_evaluated(number, bytes.fromhex(root))
+
+    def _want_evaluated(self, number: int, root: bytes) -> None:
+        self._waiting.append(root)
+        self._evaluations.put_nowait((number, root))
 
     async def _evaluate(self) -> None:
         rounds = self._spec.rounds.count
@@ -334,6 +371,7 @@ class CheckpointWorker:
             except (SwarmError, ValidationError) as error:
                 log.warning("checkpoint %d is not evaluated: %s", number, error)
             finally:
+                self._waiting.remove(root)
                 self._evaluations.task_done()
 
     # Small things

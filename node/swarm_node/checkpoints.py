@@ -25,7 +25,7 @@ from swarm_protocol.chunks import StateManifest
 from swarm_protocol.client import CoordinatorClient
 from swarm_protocol.dht import HOLDING_TTL_S
 from swarm_protocol.download import ChunkDesk, CoordinatorSource, Download, Held, Partial, PeerSource, StateFile
-from swarm_protocol.errors import UnreachableError
+from swarm_protocol.errors import RefusedError, UnreachableError
 from swarm_protocol.peers import PeerPlane
 from swarm_protocol.records import Holding
 from swarm_protocol.signing import SigningLedger
@@ -93,7 +93,12 @@ class CheckpointKeeper:
         held = self.current
         if held is None or held.round < round_number or (held.round == round_number and held.root != root):
             self._fetching(round_number)
-            held = await self._catching_up.checkpoint(round_number, root, held)
+            try:
+                held = await self._catching_up.checkpoint(round_number, root, held)
+            except RefusedError as error:
+                if error.status != 404:
+                    raise
+                raise UnreachableError(f"checkpoint {round_number} is not to be had now: {error}") from error
             await self.hold(held)
             how = self._catching_up.how
             self._say(f"Fetched checkpoint {round_number} ({root.hex()[:12]}), every chunk verified: {how}.")

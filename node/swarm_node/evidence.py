@@ -80,7 +80,7 @@ class Evidence:
     """An index of everything on disk that others may ask for.
 
     What is passed on in an exchange is held in memory, up to `held_bytes` in all, and written when there is time for it,
-    as is what was borrowed: call `write` before its lender changes it. Files in the folder `shards` are named by their hash.
+    as is what was borrowed: call `write` before its lender changes it. The folder `shards` holds files named by their hash.
     """
 
     def __init__(self, faults: Faults = NONE, *, held_bytes: int = HELD_BYTES, shards: Path | None = None) -> None:
@@ -229,8 +229,8 @@ class Evidence:
         found = self.find(digest)
         if found is not None or self._shards is None or len(digest) != DIGEST_BYTES:
             return found
-        path = self._shards / digest.hex()
-        return path.read_bytes() if path.exists() else None
+        paths = (self._shards / digest.hex(), self._shards / f"manifest-{digest.hex()}")
+        return next((path.read_bytes() for path in paths if path.exists()), None)
 
     def _is_average(self, digest: bytes) -> bool:
         found = [pieces[digest] for pieces in self._pieces.values() if digest in pieces]

@@ -59,7 +59,7 @@ class CatchUp:
         self._find = find
         self._page = chain or self._listed
         self._reached: Checkpoint | None = None
-        self._away: set[bytes] = set()
+        self._avoided: set[bytes] = set()
         self.how = ""
         self.received_bytes = 0
 
@@ -75,7 +75,7 @@ class CatchUp:
         """
         have = {one.round: one for one in (held, self._reached) if one is not None}
         chain = await self._chain(round_number, root, {number: one.root for number, one in have.items()})
-        self._away.clear()
+        self._avoided.clear()
         failure: RefusedError | InvalidDataError | None = None
         for way in self._ways(chain, have):
             try:
@@ -180,7 +180,7 @@ class CatchUp:
         others = [seat.peer for seat in plan.roster if seat.peer not in (reducer, here)]
         turn = record.part % max(1, len(others))
         for peer in [reducer, *[*others[turn:], *others[:turn]][:OTHERS_ASKED]]:
-            if peer == here or peer in self._away:
+            if peer == here or peer in self._avoided:
                 continue
             try:
                 _, data = await self._plane.call(
@@ -190,13 +190,14 @@ class CatchUp:
                     timeout_s=CALL_S,
                 )
             except UnreachableError as error:
-                self._away.add(peer)
+                self._avoided.add(peer)
                 log.info("part %d of round %d: %s", record.part, record.round, error)
             except (RefusedError, InvalidDataError) as error:
                 log.info("part %d of round %d is not had from a peer: %s", record.part, record.round, error)
             else:
                 if await asyncio.to_thread(chunks.content_hash, data) == record.result:
                     return data
+                self._avoided.add(peer)
                 log.warning("%s serves other bytes than the average that it was asked for", peer_id(peer))
         return None
 

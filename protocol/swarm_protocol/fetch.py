@@ -17,9 +17,11 @@ from swarm_protocol.chunks import StateManifest, manifest_of
 from swarm_protocol.client import MAX_CHUNK_BYTES, CoordinatorClient
 from swarm_protocol.data import Dataset, DatasetManifest
 from swarm_protocol.download import CoordinatorSource, Download, InMemory, Partial
-from swarm_protocol.errors import HashMismatchError
+from swarm_protocol.errors import HashMismatchError, RefusedError, UnreachableError
 from swarm_protocol.files import write_atomic
 from swarm_protocol.tolerances import MAX_BYTES, Tolerances
+
+LOST_S = 5.0
 
 Float32 = npt.NDArray[np.float32]
 
@@ -115,7 +117,7 @@ class Shards:
         root = client.spec.data.root
         path = folder / f"manifest-{root}"
         if not path.exists():
-            write_atomic(path, await client.chunk(bytes.fromhex(root), max_bytes=MAX_CHUNK_BYTES))
+            write_atomic(path, await _data(client, bytes.fromhex(root)))
         manifest = DatasetManifest.decode(path.read_bytes())
         if manifest.root.hex() != root:
             path.unlink()
@@ -134,4 +136,14 @@ class Shards:
         for digest in digests:
             path = self._folder / digest.hex()
             if not path.exists():
-                write_atomic(path, await self._client.chunk(digest, max_bytes=MAX_CHUNK_BYTES))
+                write_atomic(path, await _data(self._client, digest))
+
+
+async def _data(client: CoordinatorClient, digest: bytes) -> bytes:
+    """A piece of the corpus. One that the coordinator does not have, it has lost: it may get it back from somebody."""
+    try:
+        return await client.chunk(digest, max_bytes=MAX_CHUNK_BYTES)
+    except RefusedError as error:
+        if error.status != 404:
+            raise
+        raise UnreachableError(f"the data {digest.hex()[:12]} is not to be had now", retry_after_s=LOST_S) from error

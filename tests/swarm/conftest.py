@@ -62,7 +62,8 @@ assemble_s = {assemble_s}
 train_s = {train_s}
 exchange_s = {exchange_s}
 open_s = 5.0
-keep_rounds = 16
+keep_rounds = {keep_rounds}
+snapshot_every = {snapshot_every}
 
 [audit]
 probation = {probation}
@@ -87,6 +88,8 @@ DEFAULTS: dict[str, Any] = {
     "assemble_s": 5.0,
     "train_s": 30.0,
     "exchange_s": 10.0,
+    "keep_rounds": 16,
+    "snapshot_every": 10,
     "parts": 4,
     "evidence_s": 20.0,
     "probation": 1,

@@ -124,7 +124,7 @@ class Download(Generic[S]):
                 more = asyncio.create_task(self._find_more(self._more))
             while self._picker.left:
                 self._assign()
-                if not self._tasks and not self._contacts:
+                if not self._tasks and self._is_hopeless():
                     raise self._nobody()
                 if self._now() - self._progress_at > STALL_S:
                     raise UnreachableError(f"no chunk of {self._root.hex()[:12]} came for {STALL_S:.0f} s")
@@ -132,6 +132,11 @@ class Download(Generic[S]):
             return sink
         finally:
             await _cancel([*self._tasks, *([more] if more is not None else [])])
+
+    def _is_hopeless(self) -> bool:
+        """Whether nobody who is here has any of what is missing, or is still getting it himself: it has been deleted."""
+        missing = ~self._sink.have
+        return not any(not one.whole or (one.held & missing).any() for one in self._contacts.values())
 
     # Whom to ask
 
@@ -293,6 +298,7 @@ class Download(Generic[S]):
             else:
                 contact.pause_until = self._now() + pause_s
         except RefusedError as error:
+            self._errors[source.key] = error
             self._lacks(contact, where)
             if contact.whole and contact.window.failed() is None:
                 self._drop(source, error)

@@ -41,6 +41,7 @@ ONE_OF_EACH: dict[str, Record] = {
         ),
         records.Appointment(**NAME, role=records.Role.AUDITOR, key=BOB.public_key),
         records.Addresses(**NAME, multiaddrs=(f"/ip4/127.0.0.1/tcp/4001/p2p/{ALICE.peer_id}",)),
+        records.TransportKey(**NAME, key=digest("transport key"), expires_ms=1_790_000_000_000),
         records.Ready(**NAME, base=digest("base"), tokens_per_s=1234.5, can_reduce=True, upload_bytes_per_s=0),
         records.RoundPlan(
             **NAME,

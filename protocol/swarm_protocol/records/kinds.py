@@ -18,6 +18,7 @@ from swarm_protocol.records.rounds import (
     Registration,
     RoundManifest,
     RoundPlan,
+    TransportKey,
 )
 from swarm_protocol.records.sketches import PartReceipt, Sketches, SketchObjection, SketchSet
 
@@ -27,5 +28,6 @@ KINDS: dict[str, type[Record]] = {
         Registration, Appointment, Addresses, Ready, RoundPlan, Commitment, CommitmentSet, Sketches, SketchObjection,
         SketchSet, PartRecord, PartReceipt, PartHeld, CheckpointReport, RoundManifest, NonceOpening, BeaconReveal, Verdict,
         PartVerdict, Equivocation, Evaluation, Receipt, LogHead, Ban, RunEnd, CreditStatement,
+        TransportKey,
     )
 }  # fmt: skip

@@ -241,8 +241,12 @@ def test_a_change_of_any_byte_of_a_signed_record_is_never_accepted(data: Any) ->
     assert Gate(RUN, OWNER.public_key).judge(bytes(message)).outcome is not Outcome.ACCEPTED
 
 
-@given(st.lists(st.tuples(st.sampled_from(["plan", "manifest", "head"]), st.integers(0, 40), st.booleans()), max_size=60))
-def test_in_whatever_order_they_come_at_most_one_record_of_a_name_is_accepted(steps: list[tuple[str, int, bool]]) -> None:
+@given(
+    st.lists(st.tuples(st.sampled_from(["plan", "manifest", "head"]), st.integers(0, 40), st.booleans()), max_size=60)
+)
+def test_in_whatever_order_they_come_at_most_one_record_of_a_name_is_accepted(
+    steps: list[tuple[str, int, bool]],
+) -> None:
     make: dict[str, Callable[[int, bool], Record]] = {
         "plan": lambda number, other: plan(number, cursor=int(other)),
         "manifest": lambda number, other: manifest(number, root=RUN if other else ZERO),
@@ -304,7 +308,9 @@ def test_a_score_recovers_with_time_and_is_not_made_better_by_coming_again() -> 
     assert standings.score("a", 1e6) == 0.0
 
 
-@given(st.lists(st.tuples(st.sampled_from(["a", "b"]), st.floats(-10, 1000), st.sampled_from(list(Outcome))), max_size=50))
+@given(
+    st.lists(st.tuples(st.sampled_from(["a", "b"]), st.floats(-10, 1000), st.sampled_from(list(Outcome))), max_size=50)
+)
 def test_scores_never_exceed_zero_and_clocks_that_go_back_gain_nothing(
     steps: list[tuple[str, float, Outcome]],
 ) -> None:

@@ -24,7 +24,7 @@ from libp2p.tools.anyio_service import background_trio_service
 from multiaddr import Multiaddr
 
 from swarm_protocol import encoding
-from swarm_protocol.errors import EncodingError, InvalidDataError, RefusedError, SwarmError
+from swarm_protocol.errors import ConfigurationError, EncodingError, InvalidDataError, RefusedError, SwarmError
 from swarm_protocol.gossip import fetching, wire
 from swarm_protocol.gossip.mesh import Mesh
 from swarm_protocol.gossip.transport import (
@@ -103,11 +103,15 @@ class Plane:
         self.host.get_network().register_notifee(_Connections(self))
         listen = [Multiaddr(address) for address in self._joining.listen]
         async with self.host.run(listen), trio.open_nursery() as nursery:
+            listens = len(self.host.get_transport_addrs()) >= len(listen)
+            if not listens:  # an error that leaves this block comes out as one of py-libp2p's
+                self.stopping.set()
             self._nursery = nursery
             async with background_trio_service(self.mesh), background_trio_service(self.mesh.router):
                 await self.mesh.wait_until_ready()
                 await self.mesh.subscribe(self.mesh.topic)
-                task_status.started(self.addresses())
+                if listens:
+                    task_status.started(self.addresses())
                 nursery.start_soon(self._keep_connected)
                 nursery.start_soon(self._send)
                 await self.stopping.wait()
@@ -115,6 +119,8 @@ class Plane:
                 with trio.move_on_after(2.0):
                     await self.host.close()
             nursery.cancel_scope.cancel()
+        if not listens:
+            raise ConfigurationError(f"gossip cannot listen on {' '.join(self._joining.listen)}; choose another port")
 
     def stop(self) -> None:
         self.stopping.set()

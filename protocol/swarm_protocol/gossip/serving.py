@@ -171,14 +171,20 @@ class _Session:
 
     async def _ask(self, message: dict[str, Any]) -> bytes:
         """A run's spec from whoever listens at an address, before anything is joined."""
-        host = new_gossip_host(os.urandom(32))
+        host, found, failed = new_gossip_host(os.urandom(32)), b"", None
         async with host.run([]):
+            # An error that leaves this block comes out as one of py-libp2p's.
             try:
                 peer = await dial(host, str(message["address"]))
-                return await fetching.fetch(host, peer, wire.Wanted("spec"))
+                found = await fetching.fetch(host, peer, wire.Wanted("spec"))
+            except SwarmError as error:
+                failed = error
             finally:
                 with trio.CancelScope(deadline=trio.current_time() + 2.0, shield=True):
                     await host.close()
+        if failed is not None:
+            raise failed
+        return found
 
     async def _join(self, message: dict[str, Any]) -> list[str]:
         if self._plane is not None:
@@ -186,11 +192,9 @@ class _Session:
         self._plane = Plane(wire.Joining.decode(message["joining"]), self._put, self._provide)
         try:
             return list(await self._nursery.start(self._plane.run))
-        except BaseExceptionGroup as group:
-            refused, _ = group.split(SwarmError)
-            if refused is None:
-                raise
-            raise _first(refused) from group
+        except SwarmError:
+            self._plane = None
+            raise
 
     async def _publish(self, message: dict[str, Any]) -> str:
         return self._joined.publish(bytes(message["data"]))
@@ -233,9 +237,3 @@ class _Session:
         if waiting is not None:
             with contextlib.suppress(trio.WouldBlock, trio.BrokenResourceError):
                 waiting.send_nowait(message["payload"])
-
-
-def _first(group: BaseExceptionGroup[SwarmError]) -> SwarmError:
-    """The first error in a group, however deep."""
-    found = group.exceptions[0]
-    return _first(found) if isinstance(found, BaseExceptionGroup) else found

@@ -65,6 +65,10 @@ def manifest(round: int, *, root: bytes = ZERO) -> RoundManifest:
     return RoundManifest(run=RUN, round=round, plan=ZERO, commitment_set=ZERO, parts=(None,), base=ZERO, root=root)
 
 
+def ledger_head(size: int, root: bytes = ZERO) -> LogHead:
+    return LogHead(run=RUN, round=0, sequence=size, root=root)
+
+
 class Ledger:
     """The owner's log: entries, heads, and what others fetch of it."""
 

@@ -43,8 +43,8 @@ class Judge(Protocol):
     def repeated(self, peer: str) -> None:
         """It sent a message that came before."""
 
-    def blame(self, peer: str, reason: str) -> None:
-        """It did what only a broken or hostile neighbour does."""
+    def blame(self, peer: str, reason: str, *, certain: bool = False) -> None:
+        """It did what only a broken or hostile neighbour does; if that is certain, it is dropped at once."""
 
     def score(self, peer: str) -> float:
         """0 at best."""
@@ -131,17 +131,17 @@ class Mesh(Pubsub):  # type: ignore[misc]
         name = str(peer_id)
         while self.manager.is_running:
             raw = await _read_prefixed(
-                stream, MAX_RPC_BYTES, lambda: self._judge.blame(name, "a frame that is too large")
+                stream, MAX_RPC_BYTES, lambda: self._judge.blame(name, "a frame that is too large", certain=True)
             )
             self.bytes_in += len(raw)
             rpc = rpc_pb2.RPC()
             try:
                 rpc.ParseFromString(raw)
             except Exception:
-                self._judge.blame(name, "a frame that is no message")
+                self._judge.blame(name, "a frame that is no message", certain=True)
                 raise
             if len(rpc.publish) > MAX_MESSAGES_PER_RPC or _ids(rpc) > MAX_CONTROL_IDS:
-                self._judge.blame(name, "too much in one frame")
+                self._judge.blame(name, "too much in one frame", certain=True)
                 raise EncodingError("too much in one frame")
             for message in rpc.publish:
                 if self._judge.heard(name):

@@ -223,10 +223,13 @@ class Plane:
     def repeated(self, peer: str) -> None:
         self.counters[Outcome.DUPLICATE.value] += 1
 
-    def blame(self, peer: str, reason: str) -> None:
+    def blame(self, peer: str, reason: str, *, certain: bool = False) -> None:
+        if self.standings.is_banned(peer, self.now_s):
+            self._drop_soon(peer)
+            return
         log.info("%s: %s", peer, reason)
         self.counters["blamed"] += 1
-        self.standings.punish(peer, BLAME_PENALTY, self.now_s)
+        self.standings.punish(peer, CERTAIN if certain else BLAME_PENALTY, self.now_s)
         self._check(peer)
 
     def score(self, peer: str) -> float:
@@ -263,9 +266,7 @@ class Plane:
             self._identities.pop(peer, None)
 
     async def _too_many_streams(self, peer: Any) -> None:
-        self.counters["too_many_streams"] += 1
-        self.standings.punish(str(peer), CERTAIN, self.now_s)
-        self._check(str(peer))
+        self.blame(str(peer), "too many streams", certain=True)
 
     def _check(self, peer: str) -> None:
         if self.standings.to_drop(peer, self.now_s):

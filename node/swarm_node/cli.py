@@ -252,6 +252,26 @@ def verify_certificate(
 
 
 @app.command()
+def observe(
+    where: Annotated[
+        str, typer.Argument(help="The coordinator's URL, or the multiaddr of anybody who gossips the run.")
+    ],
+    run: Annotated[str | None, typer.Option(help="The run id that it has to be, in hex.")] = None,
+    listen: Annotated[
+        str, typer.Option(help="Where to listen for other observers and nodes.")
+    ] = "/ip4/127.0.0.1/tcp/0",
+    rounds: Annotated[int | None, typer.Option(min=1, help="Stop after so many sealed rounds.")] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object per line: every record, and what follows.")
+    ] = False,
+) -> None:
+    """Follow a run over gossip alone, verifying every record and the log. Exit code 1 if anything does not fit."""
+    from swarm_node import observing
+
+    raise typer.Exit(observing.observe(where, run=run, listen=listen, rounds=rounds, as_json=as_json))
+
+
+@app.command()
 def version() -> None:
     """Print the version of the software and of the protocol."""
     typer.echo(f"swarm-node {__version__}, protocol {PROTOCOL_VERSION}")

@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from swarm_protocol.errors import InvalidDataError
-from swarm_protocol.records import Addresses, Envelope, Equivocation, Ready, Registration
+from swarm_protocol.records import Addresses, Envelope, Equivocation, Ready, Registration, TransportKey
 
-SAID_ANEW = (Ready, Addresses, Registration)
+SAID_ANEW = (Ready, Addresses, Registration, TransportKey)
 
 
 @dataclass(frozen=True)

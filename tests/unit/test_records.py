@@ -43,6 +43,7 @@ ONE_OF_EACH: dict[str, Record] = {
         records.Dismissal(**NAME, key=BOB.public_key, reason="its key was lost"),
         records.Addresses(**NAME, multiaddrs=(f"/ip4/127.0.0.1/tcp/4001/p2p/{ALICE.peer_id}",)),
         records.Holding(**NAME, root=digest("root")),
+        records.TransportKey(**NAME, key=digest("transport key"), expires_ms=1_790_000_000_000),
         records.Ready(**NAME, base=digest("base"), tokens_per_s=1234.5, can_reduce=True, upload_bytes_per_s=0),
         records.RoundPlan(
             **NAME,

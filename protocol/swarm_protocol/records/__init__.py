@@ -73,6 +73,7 @@ from swarm_protocol.records.rounds import (
     RoundManifest,
     RoundPlan,
     Seat,
+    TransportKey,
 )
 from swarm_protocol.records.sketches import (
     PartReceipt,
@@ -148,6 +149,7 @@ __all__ = [
     "SlotHash",
     "SlotNonce",
     "SlotWeight",
+    "TransportKey",
     "Verdict",
     "decode_list",
     "encode_list",

@@ -21,6 +21,7 @@ from swarm_protocol.records.rounds import (
     Registration,
     RoundManifest,
     RoundPlan,
+    TransportKey,
 )
 from swarm_protocol.records.sketches import PartReceipt, Sketches, SketchObjection, SketchSet
 
@@ -30,6 +31,6 @@ KINDS: dict[str, type[Record]] = {
         Registration, Appointment, Dismissal, Addresses, Holding, Ready, RoundPlan, Commitment, CommitmentSet, Sketches,
         SketchObjection, SketchSet, PartRecord, PartReceipt, PartHeld, CheckpointReport, RoundManifest, CheckpointManifest,
         NonceOpening, BeaconReveal, Evidence, Verdict, PartVerdict, Equivocation, Evaluation, Receipt, LogHead, Ban, RunEnd,
-        CreditStatement,
+        CreditStatement, TransportKey,
     )
 }  # fmt: skip

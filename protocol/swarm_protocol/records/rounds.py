@@ -71,6 +71,14 @@ class Holding(Record):
     root: Bytes32
 
 
+class TransportKey(Record):
+    """The signer's gossip process goes by this key, until then. Of round 0; a process that starts anew signs a new one."""
+
+    kind: ClassVar[str] = "transport-key"
+    key: Bytes32
+    expires_ms: Milliseconds
+
+
 class Ready(Record):
     """A node holds the checkpoint that round `round` starts from, and would take a slot in it. Repeated as a heartbeat."""
 

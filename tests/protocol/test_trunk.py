@@ -48,7 +48,7 @@ class Source:
         assert raw is not None
         return StateManifest.decode(raw, max_size_bytes=1 << 30)
 
-    async def chunk(self, digest: bytes) -> bytes:
+    async def chunk(self, digest: bytes, **_: object) -> bytes:
         self.asked.append(digest)
         found = self.store.get(digest)
         assert found is not None

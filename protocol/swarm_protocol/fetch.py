@@ -40,9 +40,14 @@ async def checkpoint(client: CoordinatorClient, round_number: int, root: bytes) 
 _trunks: WeakValueDictionary[str, Float32] = WeakValueDictionary()
 """Trunks that something in this process uses, by root: a node that also audits holds one, not two."""
 
+_locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+"""By root: whoever asks for a trunk that is being fetched waits for it."""
+
 
 async def trunk(client: CoordinatorClient, folder: Path) -> Float32 | None:
     """The frozen model's parameters, float32[num_parameters], from `folder` or downloaded into it; None where all is trained.
+
+    They are mapped from the file, read-only.
 
     Raises:
         UnreachableError, RefusedError, HashMismatchError
@@ -51,25 +56,26 @@ async def trunk(client: CoordinatorClient, folder: Path) -> Float32 | None:
     if name is None:
         return None
     path, size_bytes = folder / f"trunk-{name}", 4 * client.spec.model.num_parameters
-    found = _trunks.get(name)
-    if found is None:
-        found = await asyncio.to_thread(_read_trunk, path, name)
-    if found is None:
-        await _to_file(client, bytes.fromhex(name), size_bytes, path)
-        found = await asyncio.to_thread(_read_trunk, path, name)
+    lock = _locks.setdefault(name, asyncio.Lock())
+    async with lock:
+        found = _trunks.get(name)
         if found is None:
-            raise HashMismatchError(f"{path} has other bytes than were written to it; check the disk")
-    _trunks[name] = found
-    return found
+            found = await asyncio.to_thread(_read_trunk, path, name)
+        if found is None:
+            await _to_file(client, bytes.fromhex(name), size_bytes, path)
+            found = await asyncio.to_thread(_read_trunk, path, name)
+            if found is None:
+                raise HashMismatchError(f"{path} has other bytes than were written to it; check the disk")
+        _trunks[name] = found
+        return found
 
 
 def _read_trunk(path: Path, root: str) -> Float32 | None:
-    """What is in the file, not to be written to; None where it is not there, or damaged."""
+    """What is in the file; None where it is not there, or damaged."""
     try:
-        values = np.fromfile(path, "<f4")
-    except FileNotFoundError:
+        values = np.asarray(np.memmap(path, "<f4", "r"))
+    except (FileNotFoundError, ValueError):  # ValueError: not a whole number of floats, or none
         return None
-    values.flags.writeable = False
     return values if manifest_of(values).root.hex() == root else None
 
 

@@ -100,12 +100,21 @@ def test_the_trunk_is_downloaded_once_and_shared_within_a_process(source: Source
     assert not first.flags.writeable
 
 
+def test_two_who_ask_at_once_download_it_once(source: Source, tmp_path: Path) -> None:
+    async def both() -> list[fetch.Float32 | None]:
+        return await asyncio.gather(*(fetch.trunk(source, tmp_path) for _ in range(2)))  # type: ignore[arg-type]
+
+    first, second = asyncio.run(both())
+    assert first is second
+    assert len(source.asked) == len(set(source.asked))
+
+
 def test_a_damaged_trunk_on_disk_is_downloaded_again_and_a_damaged_chunk_refused(
     source: Source, tmp_path: Path
 ) -> None:
     expected = the_trunk(source, tmp_path).copy()
     (file,) = tmp_path.glob("trunk-*")
-    for wrong in (file.read_bytes()[:-4], file.read_bytes()[:-1] + b"\x7f", b""):
+    for wrong in (file.read_bytes()[:-4], file.read_bytes()[:-1], file.read_bytes()[:-1] + b"\x7f", b""):
         fetch._trunks.clear()
         file.write_bytes(wrong)
         assert np.array_equal(the_trunk(source, tmp_path), expected)

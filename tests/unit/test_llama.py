@@ -78,7 +78,7 @@ def test_a_flat_vector_survives_the_model() -> None:
     model = llama.build(spec)
     flat = np.arange(spec.num_parameters, dtype=np.float32)
     llama.load_flat(model, flat)
-    assert llama.flatten(model).tobytes() == flat.tobytes()
+    assert model.flat.numpy().tobytes() == flat.tobytes()
     assert float(model.model.embed_tokens.weight.detach()[1, 0]) == spec.hidden_size
 
 

@@ -233,11 +233,6 @@ def load_flat(model: Llama, flat: npt.NDArray[np.float32]) -> None:
         model.flat.copy_(torch.from_numpy(np.require(flat, requirements=["C", "W"])))
 
 
-def flatten(model: Llama) -> npt.NDArray[np.float32]:
-    """A copy of the model's parameters, float32[num_parameters], in canonical order."""
-    return cast(npt.NDArray[np.float32], model.flat.detach().cpu().numpy().copy())
-
-
 def loss(model: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
     """Mean cross-entropy in nats per token of predicting `tokens[:, 1:]`, int64 [B, S + 1]; a scalar."""
     logits_BSV = model(tokens[:, :-1])

@@ -2,8 +2,8 @@
 
 A checkpoint is a file of its own, mapped into memory, under its root; the newest two are served, and of one that is
 being downloaded what is there already. A node that missed rounds takes their averages, or a checkpoint whole, whichever is
-fewer bytes. Nothing here waits for others who are away: whoever calls repeats what raised `UnreachableError`, and a
-download goes on where it was, after a crash as well.
+fewer bytes. The trunk, where the run has one, is fetched and served alike. Nothing here waits for others who are away:
+whoever calls repeats what raised `UnreachableError`, and a download goes on where it was, after a crash as well.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ import contextlib
 import dataclasses
 import logging
 from collections.abc import Callable
+from pathlib import Path
 
 from swarm_node.evidence import Evidence
 from swarm_node.faults import NONE, Faults, Point
 from swarm_node.folder import RunFolder
 from swarm_protocol import checkpoint as checkpoints
+from swarm_protocol import fetch as fetches
 from swarm_protocol.calls import Answer, Call, Handler
 from swarm_protocol.catching_up import CatchUp
 from swarm_protocol.checkpoint import Checkpoint
@@ -65,6 +67,7 @@ class CheckpointKeeper:
         self._limit = limit
         self._faults = faults
         self._states: dict[bytes, StateFile] = {}
+        self._trunk: StateFile | None = None
         self._download: tuple[int, bytes, Download[Partial]] | None = None
         self._banned: set[bytes] = set()
         self._changed = asyncio.Event()
@@ -106,10 +109,26 @@ class CheckpointKeeper:
 
     async def fetch(self, round_number: int, root: bytes) -> Checkpoint:
         """Download a checkpoint by its root, from peers who have it and from the coordinator. Raises as `catch_up` does."""
-        size, path = checkpoints.size_bytes(self._spec), self._folder.download_path(root)
+        size, path = checkpoints.size_bytes(self._spec), self._folder.checkpoint_path(root)
+        whole = await self._whole(root, size, path, round_number)
+        self._states[root] = StateFile(whole.data, whole.manifest)
+        return Checkpoint.from_verified(self._spec, round_number, whole.data, whole.manifest)
+
+    async def trunk(self) -> fetches.Float32 | None:
+        """The run's trunk, if it has one, from our disk or as `fetch` does; served from now on. Raises as `catch_up` does."""
+        found = await fetches.trunk(self._client, self._folder.root, self._whole)
+        if found is not None:
+            path = fetches.trunk_path(self._spec, self._folder.root)
+            self._trunk = await asyncio.to_thread(StateFile.open, path)
+            self._changed.set()
+        return found
+
+    async def _whole(self, root: bytes, size: int, path: Path, round_number: int = 0) -> Partial:
+        """A state, downloaded into a file from peers who have it and from the coordinator."""
+        unfinished = self._folder.download_path(root)
 
         def begin(manifest: StateManifest) -> Partial:
-            return Partial(manifest, path)
+            return Partial(manifest, unfinished)
 
         download = Download(
             root, size, [*await self._peers(root), CoordinatorSource(self._client)], begin,
@@ -119,14 +138,13 @@ class CheckpointKeeper:
         self._changed.set()
         try:
             whole = await download.run()
-            await asyncio.to_thread(whole.finish, self._folder.checkpoint_path(root))
+            await asyncio.to_thread(whole.finish, path)
         finally:
             self._download = None
             if download.sink is not None:
                 download.sink.close()
-        log.info("checkpoint %d came from %s", round_number, download.bytes_by_source)
-        self._states[root] = StateFile(whole.data, whole.manifest)
-        return Checkpoint.from_verified(self._spec, round_number, whole.data, whole.manifest)
+        log.info("state %s came from %s", root.hex()[:12], download.bytes_by_source)
+        return whole
 
     async def hold(self, checkpoint: Checkpoint) -> None:
         """Keep this one from now on, on disk as well."""
@@ -142,6 +160,8 @@ class CheckpointKeeper:
             announced = [] if self.current is None else [(self.current.round, self.current.root)]
             if self._download is not None:
                 announced.append(self._download[:2])
+            if self._trunk is not None:
+                announced.append((0, self._trunk.manifest.root))
             for round_number, root in announced:
                 try:
                     await self._announce(round_number, root)
@@ -176,6 +196,8 @@ class CheckpointKeeper:
     def _find(self, root: bytes) -> Held | None:
         if self._download is not None and self._download[1] == root:
             return self._download[2].sink
+        if self._trunk is not None and self._trunk.manifest.root == root:
+            return self._trunk
         return self._states.get(root)
 
     def _backlog_s(self) -> float:

@@ -133,7 +133,7 @@ class Volunteer:
         auditing = asyncio.create_task(self._audit()) if self._audits else None
         try:
             self._tell("fetching what the run starts from")
-            self._trunk = await self._patiently(lambda: fetch.trunk(self._client, self._run_folder.root))
+            self._trunk = await self._patiently(self._keeper.trunk)
             while not self._stopping.is_set():
                 status = await self._patiently(self._client.status)
                 checkpoint = await self._patiently(self._keeper.catch_up)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
+from functools import partial
 from pathlib import Path
 from weakref import WeakValueDictionary
 
@@ -19,6 +20,7 @@ from swarm_protocol.data import Dataset, DatasetManifest
 from swarm_protocol.download import CoordinatorSource, Download, InMemory, Partial
 from swarm_protocol.errors import HashMismatchError, RefusedError, UnreachableError
 from swarm_protocol.files import write_atomic
+from swarm_protocol.spec import RunSpec
 from swarm_protocol.tolerances import MAX_BYTES, Tolerances
 
 LOST_S = 5.0
@@ -44,10 +46,13 @@ _locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 """By root: whoever asks for a trunk that is being fetched waits for it."""
 
 
-async def trunk(client: CoordinatorClient, folder: Path) -> Float32 | None:
+async def trunk(
+    client: CoordinatorClient, folder: Path, download: Callable[[bytes, int, Path], Awaitable[object]] | None = None
+) -> Float32 | None:
     """The frozen model's parameters, float32[num_parameters], from `folder` or downloaded into it; None where all is trained.
 
-    They are mapped from the file, read-only.
+    They are mapped from the file, read-only. `download` has a state of known root and size put into a file; without it the
+    coordinator alone is asked.
 
     Raises:
         UnreachableError, RefusedError, HashMismatchError
@@ -55,19 +60,24 @@ async def trunk(client: CoordinatorClient, folder: Path) -> Float32 | None:
     name = client.spec.trunk
     if name is None:
         return None
-    path, size_bytes = folder / f"trunk-{name}", 4 * client.spec.model.num_parameters
+    path, size_bytes = trunk_path(client.spec, folder), 4 * client.spec.model.num_parameters
     lock = _locks.setdefault(name, asyncio.Lock())
     async with lock:
         found = _trunks.get(name)
         if found is None:
             found = await asyncio.to_thread(_read_trunk, path, name)
         if found is None:
-            await _to_file(client, bytes.fromhex(name), size_bytes, path)
+            await (download or partial(_to_file, client))(bytes.fromhex(name), size_bytes, path)
             found = await asyncio.to_thread(_read_trunk, path, name)
             if found is None:
                 raise HashMismatchError(f"{path} has other bytes than were written to it; check the disk")
         _trunks[name] = found
         return found
+
+
+def trunk_path(spec: RunSpec, folder: Path) -> Path:
+    """Where the trunk lies in a folder."""
+    return folder / f"trunk-{spec.trunk}"
 
 
 def _read_trunk(path: Path, root: str) -> Float32 | None:

@@ -18,13 +18,13 @@ from swarm_node.folder import RunFolder
 from swarm_protocol import fetch
 from swarm_protocol.calls import Call, Handler
 from swarm_protocol.checkpoint import Checkpoint
-from swarm_protocol.chunks import CHUNK_BYTES, StateManifest, chunks, content_hash
+from swarm_protocol.chunks import CHUNK_BYTES, StateManifest, chunks, content_hash, manifest_of
 from swarm_protocol.download import picking
 from swarm_protocol.errors import RefusedError, SwarmError, UnreachableError
 from swarm_protocol.identity import Identity
 from swarm_protocol.records import Envelope, Holding
 from swarm_protocol.signing import SigningLedger
-from swarm_protocol.spec import ModelSpec, RunSpec
+from swarm_protocol.spec import ModelSpec, RunSpec, TrainableSpec
 
 
 @pytest.fixture(scope="module")
@@ -274,3 +274,37 @@ def test_a_checkpoint_comes_into_memory_from_the_coordinator_alone(coordinator: 
     found = asyncio.run(fetch.checkpoint(cast(Any, coordinator), 0, checkpoint.root))
     assert found.root == checkpoint.root
     assert np.array_equal(found.parameters, checkpoint.parameters)
+
+
+def test_the_trunk_comes_from_a_node_that_has_it_and_is_read_from_disk_at_the_next_start(
+    nodes: Nodes, spec: RunSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetch, "_trunks", {})  # every node is a process of its own
+    trunk = np.random.default_rng(3).random(spec.model.num_parameters, np.float32)
+    manifest = manifest_of(trunk)
+    lora = TrainableSpec(kind="lora", r=1)
+    adapted = spec.model_copy(update={"trainable": lora, "trunk": manifest.root.hex()})
+    whole = SimpleNamespace(root=manifest.root, manifest=manifest, buffers=(trunk,))
+    coordinator = Coordinator(adapted, cast(Any, whole))
+    nodes._coordinator = coordinator
+
+    async def fetched(name: str) -> CheckpointKeeper:
+        keeper = nodes.keeper(name)
+        found = await keeper.trunk()
+        assert found is not None
+        assert np.array_equal(found, trunk)
+        fetch._trunks.clear()
+        return keeper
+
+    async def run() -> None:
+        first = await fetched("first")
+        assert coordinator.asked == len(manifest.hashes)
+        await announced(first)
+        await fetched("second")
+        coordinator.away = True
+        await fetched("first")
+        assert coordinator.asked == len(manifest.hashes), "not one chunk more"
+
+    asyncio.run(run())
+    names = {path.name for path in nodes.folder("second").root.iterdir()}
+    assert names == {f"trunk-{manifest.root.hex()}", "shards"}

@@ -177,7 +177,7 @@ class CheckpointKeeper:
         try:
             addresses, _ = await self._client.peers()
             return {public_key_of(address.rpartition("/p2p/")[2]) for address in addresses}
-        except (UnreachableError, InvalidDataError) as error:
+        except (UnreachableError, RefusedError, InvalidDataError) as error:
             log.info("the coordinator does not say which peers are its own: %s", error)
             return set()
 

@@ -190,6 +190,8 @@ class Download(Generic[S]):
             return
         finally:
             self._meeting.discard(source.key)
+        if source.key in self._banned:
+            return
         held = np.ones(len(self._manifest.hashes), np.bool_) if flags is None else flags
         contact = self._contacts.get(source.key)
         if contact is None:
@@ -207,7 +209,7 @@ class Download(Generic[S]):
     def _drop(self, source: Source, error: SwarmError) -> None:
         """Use a source no more: for good where its bytes are wrong, and otherwise until it is found again."""
         log.info("%s is of no use for %s: %s", source.name, self._root.hex()[:12], error)
-        if isinstance(error, InvalidDataError) and not source.reserve:
+        if isinstance(error, InvalidDataError) and not source.reserve and source.key not in self._banned:
             log.warning("%s serves wrong bytes and is not asked again: %s", source.name, error)
             self._banned.add(source.key)
         self._errors[source.key] = error

@@ -27,7 +27,8 @@ from swarm_protocol.chunks import StateManifest
 from swarm_protocol.client import CoordinatorClient
 from swarm_protocol.dht import HOLDING_TTL_S
 from swarm_protocol.download import ChunkDesk, CoordinatorSource, Download, Held, Partial, PeerSource, StateFile
-from swarm_protocol.errors import RefusedError, UnreachableError
+from swarm_protocol.errors import InvalidDataError, RefusedError, UnreachableError
+from swarm_protocol.identity import public_key_of
 from swarm_protocol.peers import PeerPlane
 from swarm_protocol.records import Holding
 from swarm_protocol.signing import SigningLedger
@@ -37,6 +38,7 @@ log = logging.getLogger(__name__)
 
 PEERS_ASKED = 8
 KEPT = 2
+SLOWEST_BYTES_PER_S = 1e5
 
 
 class CheckpointKeeper:
@@ -154,8 +156,14 @@ class CheckpointKeeper:
         self._changed.set()
 
     async def announce(self) -> None:
-        """Say in the DHT what others can fetch here, whenever it changes and before it is forgotten; until cancelled."""
-        while self._plane.reachable:
+        """Say in the DHT what others can fetch here, whenever it changes and before it is forgotten; until cancelled.
+
+        Not where nobody can reach us, or where a chunk would take others too long.
+        """
+        upload = self._plane.upload
+        if not self._plane.reachable or (upload is not None and upload.rate_bytes_per_s < SLOWEST_BYTES_PER_S):
+            return
+        while True:
             self._changed.clear()
             announced = [] if self.current is None else [(self.current.round, self.current.root)]
             if self._download is not None:
@@ -179,8 +187,19 @@ class CheckpointKeeper:
         await self._plane.directory.hold(root, envelope)
 
     async def _peers(self, root: bytes) -> list[PeerSource]:
-        """A few peers who say that they have this checkpoint."""
-        return [PeerSource(self._plane, key) for key in await self._plane.directory.holders(root, PEERS_ASKED)]
+        """A few peers who say that they have this checkpoint; the run owner's own are a reserve."""
+        owners = await self._owners()
+        keys = await self._plane.directory.holders(root, PEERS_ASKED)
+        return [PeerSource(self._plane, key, reserve=key in owners) for key in keys]
+
+    async def _owners(self) -> set[bytes]:
+        """The keys of the peers that the coordinator names as the way in."""
+        try:
+            addresses, _ = await self._client.peers()
+            return {public_key_of(address.rpartition("/p2p/")[2]) for address in addresses}
+        except (UnreachableError, RefusedError, InvalidDataError) as error:
+            log.info("the coordinator does not say which peers are its own: %s", error)
+            return set()
 
     def _keep(self, checkpoint: Checkpoint) -> None:
         state = self._states.pop(checkpoint.root, None)

@@ -92,11 +92,10 @@ def _read_trunk(path: Path, root: str) -> Float32 | None:
 async def _to_file(client: CoordinatorClient, root: bytes, size_bytes: int, path: Path) -> None:
     """Download a state by its root into a file, going on where an earlier process was, or repairing what is there."""
 
-    unfinished = path.with_name(f"{path.name}.part")
-    with contextlib.suppress(FileNotFoundError):
-        path.replace(unfinished)  # it is damaged: what is right in it need not be fetched again
-
     def begin(manifest: StateManifest) -> Partial:
+        unfinished = path.with_name(f"{path.name}.part")
+        with contextlib.suppress(FileNotFoundError):
+            path.replace(unfinished)  # it is damaged: what is right in it need not be fetched again
         return Partial(manifest, unfinished)
 
     download = Download(root, size_bytes, [CoordinatorSource(client)], begin)

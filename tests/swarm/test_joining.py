@@ -36,17 +36,18 @@ def test_a_node_joins_past_a_corrupt_a_dying_and_a_frozen_seeder_and_its_own_dea
     run.reaches(1, "training", timeout_s=200)
     run.nodes["frozen"].signal(signal.SIGSTOP)  # which also lets the round wait
 
-    run.join("late", "--download-limit", "16")
-    first = run.until(lambda: found if len(found := begun(run.folder / "late")) >= 3 else None, what="late has chunks")
+    run.join("late", "--download-limit", "8")
+    caught = f"{run.node('corrupt')['peer']} serves wrong bytes"
+    run.until(lambda: caught in run.nodes["late"].last_lines(100), what="the corrupt one is caught")
+    assert run.nodes["dying"].wait(20) == -signal.SIGKILL
+    first = run.until(lambda: found if len(found := begun(run.folder / "late")) >= 2 else None, what="late has chunks")
     run.nodes["late"].signal(signal.SIGKILL)
     run.nodes["late"].wait(10)
+    assert "Fetched" not in run.nodes["late"].last_lines(100)
     assert set(first) <= set(begun(run.folder / "late")), "what it had is still there"
 
     run.join("late")
     run.until(lambda: "Fetched checkpoint 1" in run.nodes["late"].last_lines(100), what="late has the checkpoint")
-    said = run.nodes["late"].last_lines(100)
-    assert f"{run.node('corrupt')['peer']} serves wrong bytes" in said
-    assert run.nodes["dying"].wait(10) == -signal.SIGKILL
     assert not begun(run.folder / "late")
 
     run.nodes["frozen"].signal(signal.SIGCONT)

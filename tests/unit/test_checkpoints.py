@@ -52,6 +52,9 @@ class Coordinator:
         newest = self.checkpoints[-1]
         return newest.round, newest.root
 
+    async def peers(self) -> tuple[list[str], bool]:
+        return [], False
+
     async def json(self, path: str, *, before: int, limit: int) -> dict[str, Any]:
         """The list of checkpoints, all of which it has whole."""
         found = [one for one in self.checkpoints if one.round < before]

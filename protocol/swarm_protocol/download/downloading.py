@@ -34,6 +34,7 @@ GRACE_S = 1.0
 RATE_S = 1.0
 RESERVE_BELOW_BYTES_PER_S = 2e6
 REFRESH_S = 2.0
+LIMIT_S = 0.5
 MORE_S = 15.0
 STALL_S = 60.0
 FIRST_LATENCY_S = 0.5
@@ -189,6 +190,8 @@ class Download(Generic[S]):
             return
         finally:
             self._meeting.discard(source.key)
+        if source.key in self._banned:
+            return
         held = np.ones(len(self._manifest.hashes), np.bool_) if flags is None else flags
         contact = self._contacts.get(source.key)
         if contact is None:
@@ -206,7 +209,7 @@ class Download(Generic[S]):
     def _drop(self, source: Source, error: SwarmError) -> None:
         """Use a source no more: for good where its bytes are wrong, and otherwise until it is found again."""
         log.info("%s is of no use for %s: %s", source.name, self._root.hex()[:12], error)
-        if isinstance(error, InvalidDataError) and not source.reserve:
+        if isinstance(error, InvalidDataError) and not source.reserve and source.key not in self._banned:
             log.warning("%s serves wrong bytes and is not asked again: %s", source.name, error)
             self._banned.add(source.key)
         self._errors[source.key] = error
@@ -227,15 +230,18 @@ class Download(Generic[S]):
     # What to ask
 
     def _assign(self) -> None:
-        """Give every source as many calls as its window has room for."""
+        """Give every source as many calls as its window, and our own limit, have room for."""
         now = self._now()
         self._look_at_rate(now)
+        if self._held_back():
+            self._progress_at = now
+            return
         waiting_s = now - self._since
-        for contact in list(self._contacts.values()):
+        for contact in sorted(self._contacts.values(), key=lambda one: (one.calls, self._rng.random())):
             held = self._allowed(contact, now)
             if held is None or now < contact.pause_until:
                 continue
-            while contact.calls < contact.window.calls:
+            while contact.calls < contact.window.calls and not self._held_back():
                 share = 1 + self._picker.left // (4 * len(self._contacts))
                 found = self._picker.pick(held, min(contact.window.run, share))
                 if found is None and self._picker.all_asked:
@@ -271,15 +277,22 @@ class Download(Generic[S]):
         contact.calls += 1
         contact.asked[first : first + count] = True
         self._picker.ask(first, count)
-        task = self._spawn(self._fetch(contact, first, count))
+        delay_s = 0.0
+        if self._limit is not None:
+            size = sum(self._manifest.chunk_size(index) for index in range(first, first + count))
+            delay_s = self._limit.reserve(size, urgent=False)
+        task = self._spawn(self._fetch(contact, first, count, delay_s))
         self._calls[task] = first, count
 
-    async def _fetch(self, contact: _Contact, first: int, count: int) -> None:
+    def _held_back(self) -> bool:
+        """Whether it is our own limit that we wait for."""
+        return self._limit is not None and self._limit.backlog_s() > LIMIT_S
+
+    async def _fetch(self, contact: _Contact, first: int, count: int, delay_s: float) -> None:
         """Ask for some chunks, and take what comes."""
         where, source = slice(first, first + count), contact.source
         try:
-            if self._limit is not None:
-                await self._limit.wait(sum(self._manifest.chunk_size(index) for index in range(first, first + count)))
+            await asyncio.sleep(delay_s)
             asked_at = self._now()
             self._since[where] = np.minimum(self._since[where], asked_at)
             data = await self._in_time(source, first, count)

@@ -50,12 +50,12 @@ class Source(Protocol):
 class PeerSource:
     """A peer, over the peer plane."""
 
-    reserve = False
     max_calls = MAX_CALLS
     max_run = MAX_RUN
 
-    def __init__(self, plane: PeerPlane, key: bytes) -> None:
+    def __init__(self, plane: PeerPlane, key: bytes, *, reserve: bool = False) -> None:
         self.key = key
+        self.reserve = reserve
         self.name = peer_id(key)
         self._plane = plane
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -265,6 +266,16 @@ def test_what_is_asked_for_is_taken_from_the_download_limit(state: bytes) -> Non
     bucket = TokenBucket(1e12, 0, clock=lambda: now[0])
     fetch(state, [Twin(state)], limit=bucket)
     assert bucket.backlog_s() == pytest.approx(len(state) / 1e12)
+
+
+def test_a_limit_that_is_low_is_no_reason_to_give_up(state: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(downloading, "STALL_S", 0.3)
+    limit = TokenBucket(10 * CHUNK_BYTES / 2.0, 0)
+    source = Twin(state)
+    started = time.monotonic()
+    fetch(state, [source, Twin(state)], limit=limit)
+    assert time.monotonic() - started > 1.0
+    assert limit.backlog_s() < 0.7, "nothing was asked for far ahead"
 
 
 def test_an_empty_state_needs_no_chunk(tmp_path: Path) -> None:

@@ -175,6 +175,10 @@ def test_transformers_loads_the_model_with_our_bits_and_our_logits(
     ]  # fmt: skip
     assert (tmp_path / "model" / "model.safetensors").stat().st_mode & 0o777 == 0o644
     assert huggingface.read_config(tmp_path / "model") == spec.model
+    their_model(tmp_path / "model").save_pretrained(tmp_path / "theirs", max_shard_size="60KB")
+    assert huggingface.read_config(tmp_path / "theirs") == spec.model
+    shapes = llama.parameter_shapes(spec.model)
+    assert huggingface.read_weights(tmp_path / "theirs", shapes).tobytes() == found.checkpoint.parameters.tobytes()
 
 
 def test_the_tokenizer_of_bytes_is_loaded_as_one(tmp_path: Path, export: Callable[..., Download]) -> None:

@@ -418,7 +418,13 @@ def _module(name: str) -> Any:
     return module
 
 
-_serving = _module("serving").serving
+_serving, _listening = (getattr(_module("serving"), name) for name in ("serving", "listening"))
+
+
+@pytest.fixture(scope="session")
+def listening() -> Callable[..., AbstractAsyncContextManager[str]]:
+    """`listening(app)`: an application at a port of this machine; its URL."""
+    return _listening
 
 
 @pytest.fixture(scope="session")

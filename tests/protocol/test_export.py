@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from swarm_coordinator.app import create_app
 from swarm_coordinator.init import Options as NewRun
 from swarm_coordinator.init import initialise
 from swarm_coordinator.run_directory import RunDirectory
+from swarm_coordinator.service import open_service
 from swarm_node import downloads, exporting, writing
 from swarm_node.downloads import Download
 from swarm_protocol import huggingface
@@ -27,9 +30,6 @@ from swarm_protocol.errors import ConfigurationError
 from swarm_protocol.files import new_folder
 from swarm_protocol.model import llama
 from swarm_protocol.spec import RunConfig, RunSpec
-
-T = TypeVar("T")
-AtRun = Callable[[str, Callable[[str], T]], T]
 
 LINE = "All that is gold does not glitter, naïve café.\n"
 TOML = """
@@ -101,30 +101,38 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tokenizer_file: Path) -> dict
     return {name: folder / name for name in toml}
 
 
+@pytest.fixture(scope="module")
+def addresses(
+    runs: dict[str, Path], listening: Callable[..., AbstractAsyncContextManager[str]]
+) -> Iterator[dict[str, str]]:
+    """The addresses of these runs, by name, at a coordinator in another thread."""
+    there: queue.Queue[dict[str, str]] = queue.Queue()
+    over = threading.Event()
+
+    async def serve() -> None:
+        async with AsyncExitStack() as stack:
+            opened = [open_service(RunDirectory(home), lambda: 1_800_000_000_000) for home in runs.values()]
+            services = [await stack.enter_async_context(one) for one in opened]
+            url = await stack.enter_async_context(listening(create_app(*services)))
+            named = zip(runs, services, strict=True)
+            there.put({name: f"{url}/v1/runs/{service.spec.run_id.hex()}" for name, service in named})
+            await asyncio.to_thread(over.wait)
+
+    thread = threading.Thread(target=lambda: asyncio.run(serve()))
+    thread.start()
+    try:
+        yield there.get(timeout=60)
+    finally:
+        over.set()
+        thread.join(timeout=60)
+
+
 @pytest.fixture
-def at_run(runs: dict[str, Path], serving: Callable[..., AbstractAsyncContextManager[Any]]) -> AtRun[Any]:
-    """Does something with the address of a run's coordinator, in another thread."""
-
-    def at(name: str, work: Callable[[str], T]) -> T:
-        async def run() -> T:
-            cast = SimpleNamespace(home=RunDirectory(runs[name]), clock=lambda: 1_800_000_000_000)
-            async with serving(cast, listen=True) as api:
-                return await asyncio.to_thread(work, str(api.http.base_url))
-
-        return asyncio.run(run())
-
-    return at
-
-
-@pytest.fixture
-def export(tmp_path: Path, at_run: AtRun[Download]) -> Callable[..., Download]:
+def export(tmp_path: Path, addresses: dict[str, str]) -> Callable[..., Download]:
     """Exports a run to a new folder below `tmp_path`."""
 
     def take_home(run: str = "tied", name: str = "model", **options: Any) -> Download:
-        return at_run(
-            run,
-            lambda url: exporting.export(exporting.Options(url, tmp_path / name, tmp_path / "cache", **options)),
-        )
+        return exporting.export(exporting.Options(addresses[run], tmp_path / name, tmp_path / "cache", **options))
 
     return take_home
 
@@ -175,6 +183,10 @@ def test_transformers_loads_the_model_with_our_bits_and_our_logits(
     ]  # fmt: skip
     assert (tmp_path / "model" / "model.safetensors").stat().st_mode & 0o777 == 0o644
     assert huggingface.read_config(tmp_path / "model") == spec.model
+    their_model(tmp_path / "model").save_pretrained(tmp_path / "theirs", max_shard_size="60KB")
+    assert huggingface.read_config(tmp_path / "theirs") == spec.model
+    shapes = llama.parameter_shapes(spec.model)
+    assert huggingface.read_weights(tmp_path / "theirs", shapes).tobytes() == found.checkpoint.parameters.tobytes()
 
 
 def test_the_tokenizer_of_bytes_is_loaded_as_one(tmp_path: Path, export: Callable[..., Download]) -> None:
@@ -325,13 +337,13 @@ def test_sizes_of_shards_are_read_as_people_write_them() -> None:
 
 
 def test_the_model_writes_the_same_with_the_same_seed(
-    tmp_path: Path, runs: dict[str, Path], at_run: AtRun[None], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, runs: dict[str, Path], addresses: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     spec = RunDirectory(runs["tied"]).spec()
 
     def sample(**options: Any) -> str:
-        wanted = {"prompt": "All that", "tokens": 30, "seed": 5} | options
-        at_run("tied", lambda url: writing.sample(writing.Options(url, cache=tmp_path / "cache", **wanted)))
+        wanted = {"prompt": "All that", "tokens": 12, "seed": 5} | options
+        writing.sample(writing.Options(addresses["tied"], cache=tmp_path / "cache", **wanted))
         return capsys.readouterr().out
 
     shown = sample()
@@ -340,7 +352,7 @@ def test_the_model_writes_the_same_with_the_same_seed(
     assert shown != sample(seed=6)
     answer = json.loads(sample(as_json=True))
     assert (answer["run"], answer["root"], answer["round"]) == (spec.run_id.hex(), spec.checkpoint, 0)
-    assert len(answer["tokens"]) <= 30
+    assert len(answer["tokens"]) <= 12
     assert "All that" + writing.harmless(answer["text"]) + "\n" == shown
     assert sample(prompt="", tokens=1).endswith("\n")
 

@@ -185,7 +185,7 @@ class Restoring:
         return data
 
     async def _manifest(self, root: bytes) -> StateManifest:
-        bound = len(StateManifest(0, ()).encode()) + 32 * (checkpoint_bytes(self._spec) // CHUNK_BYTES + 1)
+        bound = StateManifest.encoded_bytes(checkpoint_bytes(self._spec))
         for peer in list(self._peers):
             raw = await self._call(peer, {"op": "state", "root": root}, bound)
             manifest = None if raw is None else self._checked(raw, root)

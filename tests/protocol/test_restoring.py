@@ -195,12 +195,18 @@ def test_data_and_recent_averages_come_back_too(scene: Scene, caplog: pytest.Log
     recent = tuple(scene.chain.blobs[one] for number in (3, 4) for one in scene.chain.results(number))
     scene.plane.give(NODES[0], SHARDS[0], averages=recent)
     scene.plane.give(NODES[1], SHARDS[1])
+    for number in (4, 5):
+        path = scene.plane.folder / f"checkpoint-{number}"
+        write_atomic(path, *scene.chain.checkpoints[number].buffers)
+        scene.plane.nodes[NODES[1]].hold(scene.chain.checkpoints[number].manifest, path)
     root = bytes.fromhex(scene.chain.spec.data.root)
     write_atomic(scene.plane.folder / NODES[1].hex()[:8] / f"manifest-{root.hex()}", scene.dataset.encode())
     scene.plane.liars = {NODES[2]}
     asyncio.run(scene.restoring().rest(5))
     wanted = {content_hash(one) for one in (*SHARDS, *recent, layout(scene.chain.spec))} | {root}
-    assert set(scene.store.blobs()) == wanted
+    before = scene.chain.checkpoints[4].manifest  # audits of the last round start from it
+    assert set(scene.store.states()) == {before.root}
+    assert set(scene.store.blobs()) == wanted | set(before.hashes)
     assert "no volunteer has" not in caplog.text
 
 

@@ -182,7 +182,9 @@ class Restoring:
         manifest = None if raw is None else self._checked(raw, root)
         if manifest is None:
             if root not in self._missed:
-                log.error("checkpoint %d (%s) is not in the object store; asking volunteers", round_number, root.hex()[:12])
+                log.error(
+                    "checkpoint %d (%s) is not in the object store; asking volunteers", round_number, root.hex()[:12]
+                )
             self._missed.add(root)
             manifest = await self._manifest(root)
         pieces = await asyncio.gather(*(asyncio.to_thread(self._stored, one) for one in manifest.hashes))

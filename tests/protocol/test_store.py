@@ -77,8 +77,11 @@ def test_a_store_that_cannot_be_opened_says_what_to_set(where: str, monkeypatch:
         Store(where)
 
 
-def test_what_is_there_is_listed_and_deleted_but_not_what_was_put_meanwhile(url: str) -> None:
-    store, blobs = Store(url), [number.to_bytes(2, "little") * 500 for number in range(300)]
+def test_what_is_there_is_listed_and_deleted_but_not_what_was_put_meanwhile(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("swarm_coordinator.store.DELETED_AT_ONCE", 16)
+    store, blobs = Store(url), [number.to_bytes(2, "little") * 500 for number in range(40)]
     state = store.put_state(np.zeros(5, np.float32))
     for blob in blobs:
         store.put(content_hash(blob), blob)
@@ -88,7 +91,7 @@ def test_what_is_there_is_listed_and_deleted_but_not_what_was_put_meanwhile(url:
     assert all(abs(one.written_s - time.time()) < 600 for one in found.values())
     assert set(store.states()) == store.whole([state.root, bytes(32)]) == {state.root}
     store.put(content_hash(blobs[7]), blobs[7])
-    assert store.delete_blobs([*map(content_hash, blobs), bytes(32)]) == 300
+    assert store.delete_blobs([*map(content_hash, blobs), bytes(32)]) == 40
     assert set(store.blobs()) == {content_hash(blobs[7]), *state.hashes}
     store.delete_states([state.root, bytes(32)])
     assert not store.states()

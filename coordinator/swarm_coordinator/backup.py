@@ -118,7 +118,13 @@ def backup(home: RunDirectory, file: Path, *, objects: bool) -> Summary:
                 members += [(path.relative_to(home.root).as_posix(), path) for path in plain]
                 if source is not None:
                     members += [(f"objects/{path.relative_to(source).as_posix()}", path) for path in _blobs(source)]
-                hashes = {name: _add(tar, name, path) for name, path in members}
+                hashes = {}
+                for name, path in members:
+                    try:
+                        hashes[name] = _add(tar, name, path)
+                    except FileNotFoundError:  # the checkpoint worker deletes objects that nothing needs any more
+                        if not name.startswith("objects/"):
+                            raise
                 summary = Summary(
                     spec.run_id.hex(), spec.name, owner.now_ms(), sqlite, objects, log.size, log.root().hex()
                 )

@@ -33,16 +33,20 @@ AT_ONCE = 4
 
 
 class Restoring:
-    """One run's objects, put back by the checkpoint worker."""
+    """One run's objects, put back by the checkpoint worker. Who holds `storing` may store checkpoints."""
 
-    def __init__(self, client: CoordinatorClient, plane: PeerPlane, store: Store) -> None:
+    def __init__(
+        self, client: CoordinatorClient, plane: PeerPlane, store: Store, storing: asyncio.Lock | None = None
+    ) -> None:
         self._client = client
         self._spec = client.spec
         self._plane = plane
         self._store = store
+        self._storing = asyncio.Lock() if storing is None else storing
         self._catching_up = CatchUp(client, plane, whole=self._whole, find=store.get)
         self._peers: list[bytes] = []
         self._intact = b""
+        self._missed: set[bytes] = set()
 
     async def checkpoint(self, round_number: int, root: bytes) -> Checkpoint:
         """A checkpoint, from the store, from what it can be made of, or from volunteers; it is whole in the store then.
@@ -65,12 +69,20 @@ class Restoring:
             await asyncio.sleep(pause_s)
             pause_s = min(LONGEST_RETRY_S, 1.5 * pause_s)
         if self._intact != root:
-            await asyncio.to_thread(self._store.put_state, *found.buffers)
-            log.warning("checkpoint %d (%s) is whole in the object store again", round_number, root.hex()[:12])
+            await self._put(found)
         return found
 
+    async def _put(self, checkpoint: Checkpoint) -> None:
+        async with self._storing:
+            await asyncio.to_thread(self._store.put_state, *checkpoint.buffers)
+        root = checkpoint.root.hex()[:12]
+        log.warning("checkpoint %d (%s) is whole in the object store again", checkpoint.round, root)
+
     async def rest(self, round_number: int) -> None:
-        """Put back what else is missing, as far as somebody comes who has it: the layout, the data, recent averages."""
+        """Put back what else is missing, as far as somebody comes who has it.
+
+        That is the layout, the data, recent averages, and the checkpoint before this one: audits of the last round need it.
+        """
         document = layout(self._spec)
         await asyncio.to_thread(self._store.put, content_hash(document), document)
         pause_s, said = RETRY_S, 0
@@ -94,6 +106,7 @@ class Restoring:
 
     async def _restore(self, round_number: int) -> dict[bytes, str]:
         """One attempt; what is still missing, with what it is."""
+        await self._restore_before(round_number)
         there = set(await asyncio.to_thread(self._store.listed))
         missing: dict[bytes, str] = {}
         for digest, what in (*self._data(), *(await self._averages(round_number))):
@@ -115,6 +128,18 @@ class Restoring:
 
         await asyncio.gather(*(shard(*one) for one in shards))
         return missing
+
+    async def _restore_before(self, round_number: int) -> None:
+        """The checkpoint before this one, if it is lost and a volunteer still keeps it."""
+        plan = await self._client.plan(round_number - 1) if round_number else None
+        if plan is None or plan.base in await asyncio.to_thread(self._store.states):
+            return
+        try:
+            before = await self._whole(plan.round, plan.base)
+        except (RefusedError, InvalidDataError) as error:
+            log.info("checkpoint %d does not come back: %s", plan.round, error)
+        else:
+            await self._put(before)
 
     def _data(self) -> list[tuple[bytes, str]]:
         """What the spec names by hash."""
@@ -156,7 +181,11 @@ class Restoring:
         raw = await asyncio.to_thread(self._store.get_checkpoint, root)
         manifest = None if raw is None else self._checked(raw, root)
         if manifest is None:
-            log.error("checkpoint %d (%s) is not in the object store; asking volunteers", round_number, root.hex()[:12])
+            if root not in self._missed:
+                log.error(
+                    "checkpoint %d (%s) is not in the object store; asking volunteers", round_number, root.hex()[:12]
+                )
+            self._missed.add(root)
             manifest = await self._manifest(root)
         pieces = await asyncio.gather(*(asyncio.to_thread(self._stored, one) for one in manifest.hashes))
         lost = sum(piece is None for piece in pieces)
@@ -185,7 +214,7 @@ class Restoring:
         return data
 
     async def _manifest(self, root: bytes) -> StateManifest:
-        bound = len(StateManifest(0, ()).encode()) + 32 * (checkpoint_bytes(self._spec) // CHUNK_BYTES + 1)
+        bound = StateManifest.encoded_bytes(checkpoint_bytes(self._spec))
         for peer in list(self._peers):
             raw = await self._call(peer, {"op": "state", "root": root}, bound)
             manifest = None if raw is None else self._checked(raw, root)

@@ -110,7 +110,7 @@ class Store:
 
     def whole(self, roots: Iterable[bytes]) -> set[bytes]:
         """Which of these checkpoints have their manifest here."""
-        return {root for root in roots if self._size_bytes(_checkpoint_path(root)) is not None}
+        return set(roots) & set(self.states())
 
     # What there is, and what goes
 

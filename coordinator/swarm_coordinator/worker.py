@@ -135,7 +135,7 @@ class CheckpointWorker:
         self._waiting: list[bytes] = []
         self._collector = collector
         self._storing = asyncio.Lock()
-        self._restoring = Restoring(client, plane, store)
+        self._restoring = Restoring(client, plane, store, self._storing)
 
     async def run(self) -> None:
         """Follow the run round by round until its last one is sealed and evaluated."""

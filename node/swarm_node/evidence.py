@@ -1,7 +1,7 @@
 """What a node serves to others: evidence of its contributions, encoded parts and averages, each by its hash.
 
 trace {round}    the state roots behind the trace root of our commitment
-state {root}     the chunk hashes behind a state root, the newest checkpoint's as well
+state {root}     the chunk hashes behind a state root, the newest two checkpoints' as well
 get   {hash}     a chunk of a state, an encoded part (ours, or one that we reduced), an average or sketches of a round, a
               shard of the data; an average that we made comes with our part record, in the answer's header as `record`
 """
@@ -28,8 +28,8 @@ from swarm_protocol.records import Envelope, PartRecord
 from swarm_protocol.spec import RunSpec
 
 HELD_BYTES = 128 << 20
-CHECKPOINT = -1
-"""Under what the newest checkpoint is indexed, which belongs to no round's evidence."""
+CHECKPOINTS = -1, -2
+"""Under what the newest checkpoint and the one before are indexed, which belong to no round's evidence."""
 
 
 def is_wanted(detail: dict[str, Any], peer: str) -> bool:
@@ -122,12 +122,16 @@ class Evidence:
         self._traces[round_number] = contribution.state_roots
 
     def hold(self, checkpoint: StateManifest, path: Path) -> None:
-        """Serve a checkpoint that lies in this file, instead of the one before."""
-        self._pieces[CHECKPOINT] = {
+        """Serve a checkpoint that lies in this file, and the one before for as long as its file is there."""
+        newest, before = CHECKPOINTS
+        if checkpoint.root not in self._states.get(newest, {}):
+            self._pieces[before] = self._pieces.get(newest, {})
+            self._states[before] = self._states.get(newest, {})
+        self._pieces[newest] = {
             digest: _Piece(path, index * CHUNK_BYTES, checkpoint.chunk_size(index))
             for index, digest in enumerate(checkpoint.hashes)
         }
-        self._states[CHECKPOINT] = {checkpoint.root: checkpoint}
+        self._states[newest] = {checkpoint.root: checkpoint}
 
     def add_piece(self, round_number: int, digest: bytes, path: Path) -> None:
         """Serve a file by its hash for as long as that round is kept."""

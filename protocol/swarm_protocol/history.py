@@ -182,6 +182,8 @@ class History:
             base, beacon = previous.manifest.root, previous.reveal.value
         if plan.round != len(self.rounds) or plan.round >= self.spec.rounds.count:
             raise InvalidDataError(f"the plan of round {plan.round} where that of round {len(self.rounds)} was due")
+        if len(self.checkpoints) != plan.round + 1:
+            raise InvalidDataError(f"the plan of round {plan.round} without the manifest of its checkpoint before it")
         if (plan.log_size, plan.log_root) != (self.log.size, self.log.root()):
             raise InvalidDataError(
                 f"the plan of round {plan.round} was made from a log of {plan.log_size} leaves with another root than the "
@@ -189,8 +191,6 @@ class History:
             )
         if (plan.base, plan.previous_beacon) != (base, beacon):
             raise InvalidDataError(f"the plan of round {plan.round} goes on from another checkpoint or beacon value")
-        if len(self.checkpoints) != plan.round + 1:
-            raise InvalidDataError(f"the plan of round {plan.round} without the manifest of its checkpoint before it")
         vouched = tuple(self.account(seat.peer).vouched_tokens for seat in plan.roster)
         self.rounds.append(Round(self.spec, plan, vouched))
 

@@ -330,3 +330,21 @@ def test_objects_in_a_bucket_are_backed_up_there(stage: Any, tmp_path: Path) -> 
     with pytest.raises(ConfigurationError, match="back them up there"):
         backup.backup(stage.cast.home, tmp_path / "run.tar", objects=True)
     assert not backup.backup(stage.cast.home, tmp_path / "run.tar", objects=False).has_objects
+
+
+def test_objects_that_are_deleted_meanwhile_are_left_out(
+    stage: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = Path(stage.cast.home.objects) / "chunks" / bytes(32).hex()
+    gone.write_bytes(b"garbage")
+    listed = backup._blobs
+
+    def deleting(folder: Path) -> list[Path]:
+        found = list(listed(folder))
+        gone.unlink()
+        return found
+
+    monkeypatch.setattr(backup, "_blobs", deleting)
+    home = restored(stage, tmp_path, objects=True)
+    chunks = home.objects / "chunks"
+    assert {path.name for path in chunks.iterdir()} == {path.name for path in gone.parent.iterdir()}

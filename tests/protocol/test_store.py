@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -74,3 +75,32 @@ def test_a_store_that_cannot_be_opened_says_what_to_set(where: str, monkeypatch:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
     with pytest.raises(ConfigurationError, match=r"file:///PATH|AWS_ENDPOINT_URL"):
         Store(where)
+
+
+def test_what_is_there_is_listed_and_deleted_but_not_what_was_put_meanwhile(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("swarm_coordinator.store.DELETED_AT_ONCE", 16)
+    store, blobs = Store(url), [number.to_bytes(2, "little") * 500 for number in range(40)]
+    state = store.put_state(np.zeros(5, np.float32))
+    for blob in blobs:
+        store.put(content_hash(blob), blob)
+    found = store.blobs()
+    assert set(found) == {*map(content_hash, blobs), *state.hashes}
+    assert {one.size_bytes for one in found.values()} == {1000, 20}
+    assert all(abs(one.written_s - time.time()) < 600 for one in found.values())
+    assert set(store.states()) == store.whole([state.root, bytes(32)]) == {state.root}
+    store.put(content_hash(blobs[7]), blobs[7])
+    assert store.delete_blobs([*map(content_hash, blobs), bytes(32)]) == 40
+    assert set(store.blobs()) == {content_hash(blobs[7]), *state.hashes}
+    store.delete_states([state.root, bytes(32)])
+    assert not store.states()
+    assert store.get(state.hashes[0]) == bytes(20)
+
+
+def test_a_store_knows_whose_it_is(url: str) -> None:
+    ours, theirs = b"o" * 32, b"t" * 32
+    assert Store(url).claim(ours)
+    assert Store(url).claim(ours)
+    assert not Store(url).claim(theirs)
+    assert not Store(url).claim(ours)

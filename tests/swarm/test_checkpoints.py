@@ -108,7 +108,7 @@ def test_a_run_goes_on_from_the_coordinators_disk_alone(start_run: Start) -> Non
     run.serve()
     for name in "ef":
         run.join(name)
-    status = run.ends()
-    assert status["round"] == 4
+    status = run.reaches(4, timeout_s=300)
+    assert (status["phase"], status["round"]) == ("finished", 4)
     assert run.roots("e", "f") == {status["checkpoint"]["root"]}
     assert status["history"][: len(before["history"])] == before["history"]

@@ -1,14 +1,15 @@
 """`swarm-node observe`: follow a run over gossip alone, without torch and hivemind, and without trusting anybody.
 
-Every record is opened here again; rounds have to follow from each other; and the log is fetched from peers, range by range, and
-has to grow into every head that the coordinator signs. What does not fit is said loudly and makes the exit code 1: two
-records under one name, a manifest of another plan, a checkpoint that comes from nowhere, a history that was rewritten.
-An equivocation that is noticed here is gossiped on.
+Every record is opened here again; rounds have to follow from each other; and the log is fetched from peers, range by
+range, and has to grow into every head that the coordinator signs. What does not fit is said loudly and makes the exit
+code 1: two records under one name, a manifest of another plan, a checkpoint that comes from nowhere, a history that was
+rewritten. An equivocation that is noticed here is gossiped on.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import sys
 from collections import Counter, OrderedDict
@@ -38,6 +39,8 @@ from swarm_protocol.spec import RunSpec
 
 RANGE = 1024
 ROUNDS_KEPT = 64
+ASK_AGAIN_S = 2.0
+LAST_RANGES_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Said:
 
 @dataclass
 class Observation:
-    """What follows from the records of a run, without I/O: it is given records and ranges of the log, and says what is in them."""
+    """What follows from a run's records, without I/O: it is given records and ranges of the log, and says what is in them."""
 
     spec: RunSpec
     log: Log = field(default_factory=Log)
@@ -123,6 +126,16 @@ class Observation:
     def behind(self) -> LogHead | None:
         """The newest head, if the log has to grow to it."""
         return None if self.head is None or self.head.sequence <= self.log.size else self.head
+
+    def rewritten(self, fresh: Log, head: LogHead) -> Said | None:
+        """What another log under a signed head shows, once it is as long as ours: whether ours begins it."""
+        if fresh.size < self.log.size or fresh.root(self.log.size) == self.log.root():
+            return None
+        self.head = None
+        return self._alarm(
+            f"HISTORY WAS REWRITTEN: the signed head of {head.sequence} leaves does not extend "
+            f"the {self.log.size} that were verified"
+        )
 
     def equivocated(self, what: str) -> Said:
         return self._alarm(f"EQUIVOCATION: {what}")
@@ -269,7 +282,9 @@ async def _follow(gossip: GossipSupervisor, found: Observation, rounds: int | No
             if found.ended or (rounds is not None and found.rounds >= rounds):
                 break
         if found.behind() is not None and growing is not None:
-            await growing
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LAST_RANGES_S):
+                    await growing
     finally:
         for task in (conflicts, growing):
             if task is not None:
@@ -278,22 +293,42 @@ async def _follow(gossip: GossipSupervisor, found: Observation, rounds: int | No
 
 
 async def _grow(gossip: GossipSupervisor, found: Observation, tell: Any) -> None:
-    """Fetch what the log has more, from whichever peer has it."""
+    """Fetch what the log has more, from whichever peer has it, now or later."""
+    without: LogHead | None = None
     while (head := found.behind()) is not None:
         wanted = wire.Wanted("log", first=found.log.size, count=RANGE, size=head.sequence)
         check = partial(_check, found.log, head)
         try:
             data = await gossip.client.fetch(wanted, check)
         except UnreachableError as error:
-            text = f"log        {found.verified:,} records verified, and no peer has more: {error}"
-            tell(Said("log", text, {"size": found.verified}))
-            return
+            if (alarm := await _compare(gossip, found, head)) is not None:
+                tell(alarm)
+                return
+            if without != head:
+                text = f"log        {found.verified:,} records verified, and no peer has more yet: {error}"
+                tell(Said("log", text, {"size": found.verified}))
+            without = head
+            await asyncio.sleep(ASK_AGAIN_S)
+            continue
         for said in found.grow(data, head):
             tell(said)
 
 
 def _check(log: Log, head: LogHead, data: bytes) -> None:
     log_ranges.checked(data, log, head)
+
+
+async def _compare(gossip: GossipSupervisor, found: Observation, head: LogHead) -> Said | None:
+    """If peers have a log under this head that ours does not begin, the coordinator signed two histories."""
+    fresh = Log()
+    try:
+        while fresh.size < found.log.size:
+            wanted = wire.Wanted("log", first=fresh.size, count=RANGE, size=head.sequence)
+            data = await gossip.client.fetch(wanted, partial(_check, fresh, head))
+            _, fresh = log_ranges.checked(data, fresh, head)
+    except UnreachableError:
+        return None
+    return found.rewritten(fresh, head)
 
 
 async def _conflicts(gossip: GossipSupervisor, found: Observation, tell: Any) -> None:

@@ -1,7 +1,7 @@
 """A hostile member, as a process of its own: `python gossip_attacker.py ADDRESS...` with a way to attack per line of stdin.
 
 It joins as anybody may, with a certificate of its own, and does to every address what the line says until it is dropped by
-all of them; then it says on stdout how long that took. It uses the real gossip process's parts with a gate that lets all through.
+all of them; then it says on stdout how long that took. It is made of the real process's parts, without their gate.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ async def attack(way: str, addresses: list[str]) -> None:
         await nursery.start(plane.run)
         for address in addresses:
             await plane.connect(address)
-        while len(plane.mesh.members()) < len(addresses):
+        while len(plane.mesh.members()) < len(addresses):  # noqa: ASYNC110
             await trio.sleep(0.05)
         started_s, number = time.monotonic(), 0
         with trio.move_on_after(LONGEST_S):

@@ -62,7 +62,9 @@ def plan(round: int, *, cursor: int = 0) -> RoundPlan:
 
 
 def manifest(round: int, *, root: bytes = ZERO) -> RoundManifest:
-    return RoundManifest(run=RUN, round=round, plan=ZERO, commitment_set=ZERO, parts=(None,), base=ZERO, root=root)
+    return RoundManifest(
+        run=RUN, round=round, plan=plan(round).hash, commitment_set=ZERO, parts=(None,), base=ZERO, root=root
+    )
 
 
 def ledger_head(size: int, root: bytes = ZERO) -> LogHead:

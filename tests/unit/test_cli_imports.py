@@ -36,6 +36,8 @@ def run(*arguments: str) -> str:
         "swarm_protocol.tolerances",
         "swarm_protocol.history",
         "swarm_node.verifying_draws",
+        "swarm_node.observing",
+        "swarm_protocol.gossip.supervisor",
     ],
 )
 def test_importing_it_loads_nothing_slow(module: str) -> None:
@@ -59,6 +61,7 @@ def test_help_is_there_and_loads_nothing_slow(package: str) -> None:
     [
         (("swarm_node", "--help"), ("join", "demo", "export", "sample", "version")),
         (("swarm_node", "join", "--help"), ("--data-dir", "--name", "--token", "--trust", "--device")),
+        (("swarm_node", "observe", "--help"), ("--json", "--rounds", "--run", "--listen")),
         (("swarm_node", "demo", "--help"), ("--nodes", "--rounds", "--cheaters", "--corpus", "--json")),
         (("swarm_coordinator", "--help"), ("init", "serve", "calibrate")),
         (("swarm_node", "export", "--help"), ("--format", "--round", "--shard-size", "--merged")),

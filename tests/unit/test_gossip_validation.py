@@ -27,6 +27,7 @@ from swarm_protocol.identity import Identity
 from swarm_protocol.records import (
     KINDS,
     Appointment,
+    Dismissal,
     Envelope,
     Equivocation,
     LogHead,
@@ -151,6 +152,18 @@ def test_a_verdict_counts_once_its_signer_is_appointed_and_its_round_is_known(ga
     gate.judge(signed(plan()))
     assert outcomes(gate, message, message) == ["accepted", "duplicate"]
     assert outcomes(gate, signed(verdict(), STRANGER)) == ["ignored"]
+
+
+def test_a_dismissed_auditor_is_heard_no_more_whatever_comes_first(gate: Gate) -> None:
+    gate.judge(signed(plan()))
+    dismissal = signed(Dismissal(run=RUN, round=0, key=AUDITOR.public_key, reason="gone"))
+    gate.judge(signed(appointment(AUDITOR.public_key)))
+    assert outcomes(gate, signed(verdict(slot=1), AUDITOR), dismissal) == ["accepted", "accepted"]
+    assert outcomes(gate, signed(verdict(slot=2), AUDITOR)) == ["ignored"]
+    newcomer = Gate(RUN, OWNER.public_key)
+    for message in (dismissal, *gate.newest()):
+        newcomer.judge(message)
+    assert outcomes(newcomer, signed(verdict(slot=2), AUDITOR)) == ["ignored"]
 
 
 def test_old_rounds_are_stale_and_rounds_are_counted_by_the_coordinator_alone(gate: Gate) -> None:

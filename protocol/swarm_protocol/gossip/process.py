@@ -24,7 +24,14 @@ from libp2p.tools.anyio_service import background_trio_service
 from multiaddr import Multiaddr
 
 from swarm_protocol import encoding
-from swarm_protocol.errors import ConfigurationError, EncodingError, InvalidDataError, RefusedError, SwarmError
+from swarm_protocol.errors import (
+    ConfigurationError,
+    EncodingError,
+    InvalidDataError,
+    RefusedError,
+    SwarmError,
+    UnreachableError,
+)
 from swarm_protocol.gossip import fetching, wire
 from swarm_protocol.gossip.mesh import Mesh
 from swarm_protocol.gossip.transport import (
@@ -45,7 +52,7 @@ from swarm_protocol.spec import RunSpec
 log = logging.getLogger(__name__)
 
 HELLO = "/swarm-node/gossip-hello/1"
-ADMISSION_S = 10.0
+ADMISSION_S = 20.0
 LOOK_EVERY_S = 1.0
 LONGEST_PAUSE_S = 30.0
 MAX_KNOWN = 512
@@ -124,6 +131,19 @@ class Plane:
 
     def stop(self) -> None:
         self.stopping.set()
+
+    def start(self, task: Callable[[Any], Awaitable[None]], of: Any) -> None:
+        """Run a task for one neighbour; its failure is that neighbour's alone."""
+
+        async def contained() -> None:
+            try:
+                await task(of)
+            except Exception as error:  # noqa: BLE001  an exception here would end the process
+                log.info("%s for %s failed: %r", task.__name__, of, error)
+                self.counters["failures"] += 1
+
+        if self._nursery is not None:
+            self._nursery.start_soon(contained)
 
     def addresses(self) -> list[str]:
         """Where others reach this process: what it was told to announce, or where it listens."""
@@ -275,9 +295,9 @@ class Plane:
             self._drop_soon(peer)
 
     def _drop_soon(self, peer: str) -> None:
-        if self._nursery is not None and peer not in self._dropping:
+        if peer not in self._dropping:
             self._dropping.add(peer)
-            self._nursery.start_soon(self._drop, peer)
+            self.start(self._drop, peer)
 
     async def _drop(self, peer: str) -> None:
         try:
@@ -296,18 +316,20 @@ class Plane:
         )
 
     async def _greet(self, peer: Any) -> None:
-        stream = await self.host.new_stream(peer, [HELLO])
+        """Say who we are and hear who it is. Raises `InvalidDataError` or `UnreachableError`."""
         try:
             with trio.fail_after(ADMISSION_S):
+                stream = await self.host.new_stream(peer, [HELLO])
                 await write_frame(stream, self._hello([]))
                 self._admit(peer, await read_frame(stream, wire.MAX_HELLO_BYTES))
-            await stream.close()
-        except (trio.TooSlowError, OSError) as error:
-            raise RefusedError(f"no greeting: {error!r}") from error
+                await stream.close()
+        except InvalidDataError:
+            raise
+        except Exception as error:
+            raise UnreachableError(f"{peer} does not return the greeting: {error!r:.200}") from error
         if self._catch_ups < CATCH_UP_FROM:
             self._catch_ups += 1
-            assert self._nursery is not None
-            self._nursery.start_soon(self._catch_up, peer)
+            self.start(self._catch_up, peer)
 
     async def _answer_hello(self, stream: Any) -> None:
         peer = stream.muxed_conn.peer_id
@@ -425,8 +447,7 @@ class _Connections:
         self._plane = plane
 
     async def connected(self, network: Any, connection: Any) -> None:
-        if self._plane._nursery is not None:
-            self._plane._nursery.start_soon(self._plane.connected, connection)
+        self._plane.start(self._plane.connected, connection)
 
     async def disconnected(self, network: Any, connection: Any) -> None:
         self._plane.disconnected(str(connection.muxed_conn.peer_id))

@@ -42,7 +42,8 @@ CONNECTIONS = 96
 RESERVED_FOR_DIALING = 32
 STREAMS_PER_CONNECTION = 16
 PENDING_PER_ADDRESS = 32
-HANDSHAKE_S = 3.0
+HANDSHAKE_S = 4.0
+NEGOTIATION_S = 10.0
 DIAL_S = 5.0
 MAX_FRAME_BYTES = 1 << 20
 
@@ -68,9 +69,9 @@ def new_gossip_host(seed: bytes) -> Any:
         max_connections_per_peer=2,
         dial_timeout=DIAL_S,
         inbound_upgrade_timeout=HANDSHAKE_S,
-        outbound_upgrade_timeout=HANDSHAKE_S,
-        inbound_stream_protocol_negotiation_timeout=HANDSHAKE_S,
-        outbound_stream_protocol_negotiation_timeout=HANDSHAKE_S,
+        outbound_upgrade_timeout=NEGOTIATION_S,
+        inbound_stream_protocol_negotiation_timeout=NEGOTIATION_S,
+        outbound_stream_protocol_negotiation_timeout=NEGOTIATION_S,
         auto_connect_interval=1e9,  # whom to dial is decided in `process`
     )
     return new_host(

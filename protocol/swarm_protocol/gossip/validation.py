@@ -21,6 +21,7 @@ from swarm_protocol.errors import InvalidDataError
 from swarm_protocol.records import (
     Appointment,
     Ban,
+    Dismissal,
     Envelope,
     Equivocation,
     LogHead,
@@ -42,7 +43,7 @@ MAX_KEPT_BYTES = 32 << 20
 MAX_OFFICES = 1024
 MAX_PROOFS = 256
 
-OWNERS_KINDS = (RoundPlan, RoundManifest, LogHead, Appointment, Ban, RunEnd)
+OWNERS_KINDS = (RoundPlan, RoundManifest, LogHead, Appointment, Dismissal, Ban, RunEnd)
 AUDITORS_KINDS = (Verdict, PartVerdict)
 
 Name = tuple[bytes, str, int, int]
@@ -79,6 +80,7 @@ class Gate:
         self.coordinator = coordinator
         self.newest_round: int | None = None
         self._auditors = set(auditors)
+        self._dismissed: set[bytes] = set()
         self._seen: OrderedDict[bytes, Decision] = OrderedDict()
         self._names: OrderedDict[Name, bytes] = OrderedDict()
         self._kept: OrderedDict[bytes, bytes] = OrderedDict()
@@ -108,7 +110,7 @@ class Gate:
         return self._kept.get(record_hash)
 
     def newest(self) -> list[bytes]:
-        """What a newcomer needs first: appointments and proofs, and the newest of what moves, oldest first."""
+        """What a newcomer needs first: appointments, dismissals and proofs, and the newest of what moves."""
         return [*self._lasting.values(), *self._proofs.values()]
 
     def _judge(self, data: bytes) -> Decision:
@@ -194,16 +196,20 @@ class Gate:
         elif isinstance(record, LogHead):
             self._heads = sorted([*self._heads, record.sequence])[-HEADS_BACK:]
         elif isinstance(record, Appointment):
-            if record.role is Role.AUDITOR and len(self._auditors) < MAX_OFFICES:
+            in_office = record.role is Role.AUDITOR and record.key not in self._dismissed
+            if in_office and len(self._auditors) < MAX_OFFICES:
                 self._auditors.add(record.key)
+        elif isinstance(record, Dismissal):
+            self._auditors.discard(record.key)
+            self._dismissed.add(record.key)
         elif isinstance(record, Equivocation):
             proved = proved_by(record)
             _put(self._proofs, (proved.key, proved.kind, proved.round, proved.sequence), data, MAX_PROOFS)
         self._remember(data, record)
 
     def _remember(self, data: bytes, record: Record) -> None:
-        """Keep what a newcomer needs: all appointments, and of plans, manifests, heads and the end the newest."""
-        if isinstance(record, Appointment):
+        """Keep what a newcomer needs: who holds an office, and of plans, manifests, heads and the end the newest."""
+        if isinstance(record, Appointment | Dismissal):
             _put(self._lasting, (record.kind, record.sequence), data, MAX_OFFICES)
             return
         if isinstance(record, Equivocation | Verdict | PartVerdict | Ban):

@@ -262,6 +262,34 @@ def test_a_download_goes_on_when_the_coordinator_is_back(
     assert coordinator.asked == len(checkpoint.manifest.hashes) - 2
 
 
+def test_what_is_there_of_a_download_is_served_and_announced(nodes: Nodes, coordinator: Coordinator) -> None:
+    class Halting(Coordinator):
+        async def chunk(self, digest: bytes) -> bytes:
+            if self.asked == 2:
+                halted.set()
+                await asyncio.Event().wait()
+            return await super().chunk(digest)
+
+    checkpoint, halted = coordinator.checkpoints[0], asyncio.Event()
+    nodes._coordinator = Halting(coordinator.spec, checkpoint)
+
+    async def run() -> bytes:
+        keeper = nodes.keeper("a")
+        announcing, fetching = asyncio.create_task(keeper.announce()), asyncio.create_task(keeper.catch_up())
+        await halted.wait()
+        await asyncio.sleep(0.05)
+        call = Call(bytes(32), {"root": checkpoint.root}, 0, cast(Any, None))
+        answer = await keeper.handlers["held"](call)
+        for task in (fetching, announcing):
+            task.cancel()
+        await asyncio.gather(fetching, announcing, return_exceptions=True)
+        assert answer.header == {"whole": False}
+        return bytes(answer.body)
+
+    assert int.from_bytes(asyncio.run(run()), "big").bit_count() == 2
+    assert list(nodes._network.holdings) == [checkpoint.root]
+
+
 def test_a_download_of_an_older_checkpoint_is_thrown_away(nodes: Nodes, spec: RunSpec) -> None:
     folder = nodes.keeper("a") and nodes.folder("a")
     folder.download_path(bytes(32)).write_bytes(b"begun")

@@ -269,7 +269,7 @@ def test_what_is_asked_for_is_taken_from_the_download_limit(state: bytes) -> Non
 
 
 def test_a_limit_that_is_low_is_no_reason_to_give_up(state: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(downloading, "STALL_S", 0.3)
+    monkeypatch.setattr(downloading, "STALL_S", 1.5)
     limit = TokenBucket(10 * CHUNK_BYTES / 2.0, 0)
     source = Twin(state)
     started = time.monotonic()

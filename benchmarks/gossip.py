@@ -16,6 +16,7 @@ import contextlib
 import json
 import sys
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass
 
 from swarm_protocol.gossip.supervisor import GossipSupervisor
@@ -34,7 +35,7 @@ from swarm_protocol.spec import (
 
 STARTED_AT_ONCE = 4
 PARTS = 64
-LAST_S = 10.0
+LAST_S = 30.0
 
 
 @dataclass
@@ -57,6 +58,7 @@ class Figures:
     memory_mb: list[float]
     tasks: list[int]
     restarts: int
+    counters: dict[str, int]
 
 
 def run_of(owner: Identity) -> RunSpec:
@@ -168,6 +170,7 @@ async def announce(
         memory_mb=[middle[0], end[0]],
         tasks=[middle[1], end[1]],
         restarts=sum(one.restarts for one in found),
+        counters=dict(sum((Counter(one) for one in counters), Counter())),
     )
 
 

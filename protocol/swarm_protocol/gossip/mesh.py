@@ -8,6 +8,7 @@ message is judged, so that a flood is slowed down where it comes from, and what 
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -19,6 +20,7 @@ from libp2p.pubsub.score import ScoreParams, TopicScoreParams
 from libp2p.pubsub.validators import signature_validator
 
 from swarm_protocol.errors import EncodingError
+from swarm_protocol.gossip.transport import end
 from swarm_protocol.gossip.validation import MAX_MESSAGE_BYTES, WORST_SCORE, Outcome
 
 log = logging.getLogger(__name__)
@@ -28,6 +30,7 @@ READ_BYTES = 64 << 10
 MAX_MESSAGES_PER_RPC = 512
 MAX_CONTROL_IDS = 2048
 WRITE_S = 10.0
+STREAMS_PER_NEIGHBOUR = 2  # a new one may come before the end of the old one is noticed
 HEARTBEAT_S = 1
 DEGREE, DEGREE_LOW, DEGREE_HIGH = 5, 4, 8
 
@@ -97,7 +100,7 @@ class Mesh(Pubsub):  # type: ignore[misc]
         self.bytes_in = 0
         self.bytes_out = 0
         self._judge = judge
-        self._reading: set[str] = set()
+        self._reading: Counter[str] = Counter()
 
     def members(self) -> set[str]:
         """The neighbours that follow the run, by transport PeerID."""
@@ -110,22 +113,20 @@ class Mesh(Pubsub):  # type: ignore[misc]
     async def stream_handler(self, stream: Any) -> None:
         peer_id = stream.muxed_conn.peer_id
         name = str(peer_id)
-        if name in self._reading:
-            await stream.reset()
-            self._judge.blame(name, "a second stream of messages")
+        if self._reading[name] >= STREAMS_PER_NEIGHBOUR:
+            await end(stream)
             return
-        self._reading.add(name)
+        self._reading[name] += 1
         try:
             await self.continuously_read_stream(stream)
         except Exception as error:  # noqa: BLE001  an exception in a stream handler would end the host
             log.debug("the stream of %s ended: %r", name, error)
-            try:
-                await stream.reset()
-            except Exception as failure:  # noqa: BLE001
-                log.debug("it cannot be reset: %r", failure)
+            await end(stream)
             self._handle_dead_peer(peer_id)
         finally:
-            self._reading.discard(name)
+            self._reading[name] -= 1
+            if not self._reading[name]:
+                del self._reading[name]
 
     async def continuously_read_stream(self, stream: Any) -> None:
         peer_id = stream.muxed_conn.peer_id
@@ -185,7 +186,7 @@ class Mesh(Pubsub):  # type: ignore[misc]
         with trio.move_on_after(WRITE_S) as scope:
             written = bool(await super().write_msg(stream, rpc_msg))
         if scope.cancelled_caught:
-            self._judge.blame(str(stream.muxed_conn.peer_id), "does not read")
+            log.info("%s does not read", stream.muxed_conn.peer_id)
             self._handle_dead_peer(stream.muxed_conn.peer_id)
         self.bytes_out += rpc_msg.ByteSize() if written else 0
         return written

@@ -16,6 +16,7 @@ import contextlib
 import json
 import sys
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass
 
 from swarm_protocol.gossip.supervisor import GossipSupervisor
@@ -34,7 +35,7 @@ from swarm_protocol.spec import (
 
 STARTED_AT_ONCE = 4
 PARTS = 64
-LAST_S = 10.0
+LAST_S = 30.0
 
 
 @dataclass
@@ -52,10 +53,12 @@ class Figures:
     out_bytes_per_node_and_message: float
     worst_out_bytes_per_message: float
     owner_out_bytes_per_message: float
+    cpu_ms_per_node_and_message: float
     duplicates_per_delivery: float
     memory_mb: list[float]
     tasks: list[int]
     restarts: int
+    counters: dict[str, int]
 
 
 def run_of(owner: Identity) -> RunSpec:
@@ -82,21 +85,25 @@ async def measure(nodes: int, messages: int, per_s: float) -> Figures:
     """Start a swarm, announce, and count."""
     owner = Identity.generate()
     spec = run_of(owner)
-    async with contextlib.AsyncExitStack() as stack:
-        first = await stack.enter_async_context(GossipSupervisor(owner, spec.encode()))
-        found = [first]
+    first = GossipSupervisor(owner, spec.encode())
+    found = [first]
+    try:
+        await first.__aenter__()
         while len(found) < nodes:
             more = [
                 GossipSupervisor(Identity.generate(), spec.encode(), bootstrap=first.addresses)
                 for _ in range(min(STARTED_AT_ONCE, nodes - len(found)))
             ]
-            found += await asyncio.gather(*(stack.enter_async_context(one) for one in more))
+            found += more
+            await asyncio.gather(*(one.__aenter__() for one in more))
         async with asyncio.timeout(60):
             for one in found:
                 while len(await one.client.peers()) < min(4, nodes - 1):  # noqa: ASYNC110
                     await asyncio.sleep(0.1)
         await asyncio.sleep(2.0)  # two heartbeats, in which the mesh is made
         return await announce(found, owner, spec, messages, per_s)
+    finally:
+        await asyncio.gather(*(one.stop() for one in found))
 
 
 async def announce(
@@ -120,11 +127,12 @@ async def announce(
         gauges = [(await one.status()).gauges for one in found]
         return max(one["memory_bytes"] for one in gauges) / 1e6, max(one["tasks"] for one in gauges)
 
-    async def traffic() -> list[int]:
-        return [(await one.status()).gauges["bytes_out"] for one in found]
+    async def spent(what: str) -> list[int]:
+        return [(await one.status()).gauges[what] for one in found]
 
     listening = asyncio.gather(*(listen(one) for one in found[1:]))
-    before, began_s, middle, size = await traffic(), time.perf_counter(), (0.0, 0), 0
+    sent_before, cpu_before = await spent("bytes_out"), await spent("cpu_ms")
+    began_s, middle, size = time.perf_counter(), (0.0, 0), 0
     for number in range(messages):
         await asyncio.sleep(max(0.0, began_s + number / per_s - time.perf_counter()))
         zero = bytes(32)
@@ -140,9 +148,9 @@ async def announce(
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(LAST_S):
             await listening
-    end, after = await held(), await traffic()
+    end, sent_after, cpu_after = await held(), await spent("bytes_out"), await spent("cpu_ms")
     counters = [(await one.status()).counters for one in found]
-    out = [(late - early) / messages for late, early in zip(after, before, strict=True)]
+    out = [(late - early) / messages for late, early in zip(sent_after, sent_before, strict=True)]
     expected = messages * (len(found) - 1)
     times.sort()
     return Figures(
@@ -157,10 +165,12 @@ async def announce(
         out_bytes_per_node_and_message=sum(out) / len(out),
         worst_out_bytes_per_message=max(out),
         owner_out_bytes_per_message=out[0],
+        cpu_ms_per_node_and_message=(sum(cpu_after) - sum(cpu_before)) / messages / len(found),
         duplicates_per_delivery=sum(one.get("duplicate", 0) for one in counters) / max(1, len(times)),
         memory_mb=[middle[0], end[0]],
         tasks=[middle[1], end[1]],
         restarts=sum(one.restarts for one in found),
+        counters=dict(sum((Counter(one) for one in counters), Counter())),
     )
 
 
@@ -197,7 +207,8 @@ def main() -> None:
             f"{figures.nodes:3} nodes   {figures.messages} records of {figures.record_bytes:,} bytes, {options.per_s:g}/s   "
             f"p50 {figures.p50_ms:.0f} ms   p95 {figures.p95_ms:.0f} ms   worst {figures.worst_ms:.0f} ms   "
             f"missing {figures.missing}   out per node and record {figures.out_bytes_per_node_and_message:,.0f} bytes, "
-            f"the owner's {figures.owner_out_bytes_per_message:,.0f}   memory {figures.memory_mb[-1]:.0f} MB   "
+            f"the owner's {figures.owner_out_bytes_per_message:,.0f}   CPU per node and record "
+            f"{figures.cpu_ms_per_node_and_message:.1f} ms   memory {figures.memory_mb[-1]:.0f} MB   "
             f"tasks {figures.tasks[0]} then {figures.tasks[1]}",
             file=sys.stderr if options.json else sys.stdout,
             flush=True,

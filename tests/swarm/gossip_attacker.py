@@ -22,6 +22,7 @@ from tests.swarm.gossiping import RUN, SPEC, ZERO, manifest, plan, signed
 from swarm_protocol.errors import SwarmError
 from swarm_protocol.gossip import wire
 from swarm_protocol.gossip.process import Plane
+from swarm_protocol.gossip.transport import CONNECTIONS, RESERVED_FOR_DIALING, dial, new_gossip_host
 from swarm_protocol.gossip.validation import Decision, Outcome
 from swarm_protocol.identity import Identity
 from swarm_protocol.records import Envelope, TransportKey, Verdict
@@ -29,6 +30,7 @@ from swarm_protocol.records import Outcome as Judged
 
 STRANGER = Identity.generate()
 LONGEST_S = 30.0
+SLOTS = CONNECTIONS - RESERVED_FOR_DIALING
 
 
 def verdict(number: int) -> Verdict:
@@ -114,13 +116,39 @@ async def attack(way: str, addresses: list[str]) -> None:
         plane.stop()
 
 
+async def churn(address: str) -> None:
+    """Connect more often than there are slots for those who dial, ten at a time, and go away each time."""
+    started_s, failed = time.monotonic(), 0
+
+    async def come_and_go() -> None:
+        nonlocal failed
+        host = new_gossip_host(os.urandom(32))
+        async with host.run([]):
+            for _ in range(SLOTS // 10 + 1):
+                try:
+                    peer = await dial(host, address)
+                    await host.get_network().close_peer(peer)
+                except SwarmError:
+                    failed += 1
+            with trio.move_on_after(2.0):
+                await host.close()
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(10):
+            nursery.start_soon(come_and_go)
+    print(f"churn {time.monotonic() - started_s:.2f} {failed}", flush=True)
+
+
 async def main() -> None:
     print("ready", flush=True)
     while True:
         line = await trio.to_thread.run_sync(sys.stdin.readline)
         if not line:
             return
-        await attack(line.strip(), sys.argv[1:])
+        if line.strip() == "churn":
+            await churn(sys.argv[1])
+        else:
+            await attack(line.strip(), sys.argv[1:])
 
 
 if __name__ == "__main__":

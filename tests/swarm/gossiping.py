@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import TypeVar
 
 from swarm_protocol.gossip import log_ranges, wire
 from swarm_protocol.gossip.supervisor import GossipSupervisor
@@ -22,6 +23,7 @@ from swarm_protocol.spec import (
     TrainingSpec,
 )
 
+T = TypeVar("T")
 ZERO = bytes(32)
 OWNER = Identity.from_seed(bytes([2]) * 32)
 SPEC = RunSpec(
@@ -95,26 +97,38 @@ class Ledger:
 
 @contextlib.asynccontextmanager
 async def members(
-    count: int, *, bootstrap: tuple[str, ...] = (), ledger: Ledger | None = None, max_tasks: int = 2500
+    count: int, *, ledger: Ledger | None = None, max_tasks: int = 2500
 ) -> AsyncIterator[list[GossipSupervisor]]:
     """The owner's gossip process and `count - 1` others, who know the owner's address; all of them with neighbours."""
-    async with contextlib.AsyncExitStack() as stack:
-        provider = None if ledger is None else ledger.provide
-        owner = GossipSupervisor(OWNER, SPEC.encode(), bootstrap=bootstrap, provider=provider, max_tasks=max_tasks)
-        found = [await stack.enter_async_context(owner)]
-        while len(found) < count:
-            # A few at once: each takes a second of a core to start.
-            others = [
-                GossipSupervisor(Identity.generate(), SPEC.encode(), bootstrap=owner.addresses)
-                for _ in range(min(4, count - len(found)))
-            ]
-            found += await asyncio.gather(*(stack.enter_async_context(one) for one in others))
-
+    provider = None if ledger is None else ledger.provide
+    owner = GossipSupervisor(OWNER, SPEC.encode(), provider=provider, max_tasks=max_tasks)
+    found = [owner]
+    try:
+        await owner.__aenter__()
+        others = [
+            GossipSupervisor(Identity.generate(), SPEC.encode(), bootstrap=owner.addresses) for _ in range(count - 1)
+        ]
+        found += others
+        await asyncio.gather(*(one.__aenter__() for one in others))
         async with asyncio.timeout(30.0):
             for one in found:
                 while len(await one.client.peers()) < min(3, count - 1):  # noqa: ASYNC110
                     await asyncio.sleep(0.1)
         yield found
+    finally:
+        await asyncio.gather(*(one.stop() for one in found))
+
+
+@contextlib.contextmanager
+def in_one_loop(swarm: contextlib.AbstractAsyncContextManager[T]) -> Iterator[tuple[asyncio.Runner, T]]:
+    """A swarm that lasts from test to test, and the runner of its loop."""
+    with asyncio.Runner() as runner:
+        stack = contextlib.AsyncExitStack()
+        found = runner.run(stack.enter_async_context(swarm))
+        try:
+            yield runner, found
+        finally:
+            runner.run(stack.aclose())
 
 
 async def until(happened: Callable[[], bool], deadline_s: float) -> None:

@@ -10,12 +10,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import AsyncExitStack
 from pathlib import Path
 
 import psutil
 import pytest
-from tests.swarm.gossiping import OWNER, RUN, SPEC, Ledger, heard, manifest, members, plan, signed, until
+from tests.swarm.gossiping import OWNER, RUN, SPEC, Ledger, heard, in_one_loop, manifest, members, plan, signed, until
 
 from swarm_protocol.errors import ConfigurationError, InvalidDataError, RefusedError, UnreachableError
 from swarm_protocol.gossip import log_ranges, wire
@@ -40,11 +39,8 @@ class Three:
 @pytest.fixture(scope="module")
 def three() -> Iterator[Three]:
     ledger = Ledger()
-    with asyncio.Runner() as runner:
-        stack = AsyncExitStack()
-        found = runner.run(stack.enter_async_context(members(3, ledger=ledger)))
+    with in_one_loop(members(3, ledger=ledger)) as (runner, found):
         yield Three(runner, found, ledger)
-        runner.run(stack.aclose())
 
 
 def joining(*, certified: bytes | None = None, bootstrap: list[str]) -> wire.Joining:

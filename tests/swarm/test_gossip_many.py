@@ -24,7 +24,7 @@ def test_every_record_reaches_everybody_and_memory_and_tasks_stay_flat() -> None
     assert found["missing"] == 0
     assert found["deliveries"] == 19 * 300
     assert found["restarts"] == 0
-    assert found["p95_ms"] < 2000  # 300 ms is what the benchmark shows where nothing else runs
+    assert not {"blamed", "dropped_peers", "over_rate", "invalid", "undelivered"} & set(found["counters"])
     (memory, memory_after), (tasks, tasks_after) = found["memory_mb"], found["tasks"]
     assert memory_after < memory + 20
     assert tasks_after < 1.2 * tasks + 20

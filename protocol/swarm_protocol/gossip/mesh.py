@@ -8,6 +8,7 @@ message is judged, so that a flood is slowed down where it comes from, and what 
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -19,16 +20,19 @@ from libp2p.pubsub.score import ScoreParams, TopicScoreParams
 from libp2p.pubsub.validators import signature_validator
 
 from swarm_protocol.errors import EncodingError
+from swarm_protocol.gossip.transport import end
 from swarm_protocol.gossip.validation import MAX_MESSAGE_BYTES, WORST_SCORE, Outcome
 
 log = logging.getLogger(__name__)
 
 MAX_RPC_BYTES = 1 << 20
+READ_BYTES = 64 << 10
 MAX_MESSAGES_PER_RPC = 512
 MAX_CONTROL_IDS = 2048
 WRITE_S = 10.0
+STREAMS_PER_NEIGHBOUR = 2  # a new one may come before the end of the old one is noticed
 HEARTBEAT_S = 1
-DEGREE, DEGREE_LOW, DEGREE_HIGH = 6, 4, 12
+DEGREE, DEGREE_LOW, DEGREE_HIGH = 5, 4, 8
 
 
 class Judge(Protocol):
@@ -96,7 +100,7 @@ class Mesh(Pubsub):  # type: ignore[misc]
         self.bytes_in = 0
         self.bytes_out = 0
         self._judge = judge
-        self._reading: set[str] = set()
+        self._reading: Counter[str] = Counter()
 
     def members(self) -> set[str]:
         """The neighbours that follow the run, by transport PeerID."""
@@ -109,29 +113,28 @@ class Mesh(Pubsub):  # type: ignore[misc]
     async def stream_handler(self, stream: Any) -> None:
         peer_id = stream.muxed_conn.peer_id
         name = str(peer_id)
-        if name in self._reading:
-            await stream.reset()
-            self._judge.blame(name, "a second stream of messages")
+        if self._reading[name] >= STREAMS_PER_NEIGHBOUR:
+            await end(stream)
             return
-        self._reading.add(name)
+        self._reading[name] += 1
         try:
             await self.continuously_read_stream(stream)
         except Exception as error:  # noqa: BLE001  an exception in a stream handler would end the host
             log.debug("the stream of %s ended: %r", name, error)
-            try:
-                await stream.reset()
-            except Exception as failure:  # noqa: BLE001
-                log.debug("it cannot be reset: %r", failure)
+            await end(stream)
             self._handle_dead_peer(peer_id)
         finally:
-            self._reading.discard(name)
+            self._reading[name] -= 1
+            if not self._reading[name]:
+                del self._reading[name]
 
     async def continuously_read_stream(self, stream: Any) -> None:
         peer_id = stream.muxed_conn.peer_id
         name = str(peer_id)
+        frames = _Frames(stream)
         while self.manager.is_running:
-            raw = await _read_prefixed(
-                stream, MAX_RPC_BYTES, lambda: self._judge.blame(name, "a frame that is too large", certain=True)
+            raw = await frames.next(
+                MAX_RPC_BYTES, lambda: self._judge.blame(name, "a frame that is too large", certain=True)
             )
             self.bytes_in += len(raw)
             rpc = rpc_pb2.RPC()
@@ -183,7 +186,7 @@ class Mesh(Pubsub):  # type: ignore[misc]
         with trio.move_on_after(WRITE_S) as scope:
             written = bool(await super().write_msg(stream, rpc_msg))
         if scope.cancelled_caught:
-            self._judge.blame(str(stream.muxed_conn.peer_id), "does not read")
+            log.info("%s does not read", stream.muxed_conn.peer_id)
             self._handle_dead_peer(stream.muxed_conn.peer_id)
         self.bytes_out += rpc_msg.ByteSize() if written else 0
         return written
@@ -206,27 +209,37 @@ def _ids(rpc: Any) -> int:
     )
 
 
-async def _read_prefixed(stream: Any, max_bytes: int, too_large: Callable[[], None]) -> bytes:
-    """A varint length, then so many bytes; `EncodingError` if it ends before or is longer than allowed."""
-    size = shift = 0
-    while True:
-        byte = await stream.read(1)
-        if not byte:
-            raise EncodingError("the stream ended")
-        size |= (byte[0] & 0x7F) << shift
-        shift += 7
-        if byte[0] < 0x80:
-            break
-        if shift > 28:
+class _Frames:
+    """Frames with a varint length, read in large pieces: py-libp2p answers every read with a frame of its own."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self._buffer = bytearray()
+
+    async def next(self, max_bytes: int, too_large: Callable[[], None]) -> bytes:
+        """Raises `EncodingError` if the stream ends before, or the frame is longer than allowed."""
+        size = at = 0
+        while True:
+            await self._fill(at + 1)
+            byte = self._buffer[at]
+            size |= (byte & 0x7F) << 7 * at
+            at += 1
+            if byte < 0x80:
+                break
+            if at == 5:
+                too_large()
+                raise EncodingError("a length beyond all bounds")
+        if size > max_bytes:
             too_large()
-            raise EncodingError("a length beyond all bounds")
-    if size > max_bytes:
-        too_large()
-        raise EncodingError(f"a frame of {size} bytes where at most {max_bytes} are allowed")
-    data = bytearray()
-    while len(data) < size:
-        piece = await stream.read(size - len(data))
-        if not piece:
-            raise EncodingError("the stream ended within a frame")
-        data += piece
-    return bytes(data)
+            raise EncodingError(f"a frame of {size} bytes where at most {max_bytes} are allowed")
+        await self._fill(at + size)
+        frame = bytes(self._buffer[at : at + size])
+        del self._buffer[: at + size]
+        return frame
+
+    async def _fill(self, size: int) -> None:
+        while len(self._buffer) < size:
+            piece = await self._stream.read(READ_BYTES)
+            if not piece:
+                raise EncodingError("the stream ended within a frame")
+            self._buffer += piece

@@ -208,6 +208,7 @@ class Plane:
             "connections": len(self.host.get_network().get_connections()),
             "tasks": trio.lowlevel.current_statistics().tasks_living,
             "memory_bytes": _memory_bytes(),
+            "cpu_ms": int(1000 * time.process_time()),
             "bytes_in": self.mesh.bytes_in,
             "bytes_out": self.mesh.bytes_out,
             "newest_round": -1 if self.gate.newest_round is None else self.gate.newest_round,
@@ -275,11 +276,14 @@ class Plane:
                     await self._greet(peer)
                 except SwarmError as error:
                     log.debug("%s is not greeted: %s", name, error)
-            while name not in self._identities or name not in self.mesh.members():  # noqa: ASYNC110  there is no event
+            while not connection.is_closed and not self._is_admitted(name):  # noqa: ASYNC110  there is no event
                 await trio.sleep(0.1)
         if scope.cancelled_caught:
             self.counters["not_admitted"] += 1
             self._drop_soon(name)
+
+    def _is_admitted(self, peer: str) -> bool:
+        return peer in self._identities and peer in self.mesh.members()
 
     def disconnected(self, peer: str) -> None:
         if not self.host.get_network().get_connections(ID.from_base58(peer)):

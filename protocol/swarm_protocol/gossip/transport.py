@@ -8,6 +8,7 @@ What is set differently from py-libp2p's defaults, and why:
 - Sockets that never shake hands fill all slots. They have `HANDSHAKE_S`, and an address has `PENDING_PER_ADDRESS` at once.
 - One peer may open thousands of streams. A connection with more than `STREAMS_PER_CONNECTION` is ended.
 - The circuit breaker refuses everybody after some failures, which anybody can cause. It is off.
+- After one failed dial a peer is not dialed again for a minute. `dial` forgets that; pauses are `process`'s.
 - An exception in a stream handler ends the process. `guarded` resets the stream instead.
 - Listening on a taken port succeeds (SO_REUSEPORT) or fails without a word. `require_free` and `addresses` look.
 """
@@ -192,6 +193,7 @@ async def dial(host: Any, address: str) -> Any:
         raise EncodingError(f"{address[:200]!r} is not a multiaddr with a PeerID: {error}") from error
     if info.peer_id == host.get_id():
         raise EncodingError("this is our own address")
+    host.get_network().unblock_peer(info.peer_id)
     try:
         with trio.fail_after(2 * DIAL_S):
             await host.connect(info)

@@ -13,7 +13,8 @@ test: .venv/dev.stamp
 	$(BIN)/python -m pytest -m "not swarm" --ignore tests/unit
 
 test-swarm: .venv/dev.stamp
-	$(BIN)/python -m pytest -m swarm
+	$(BIN)/python -m pytest -m "swarm and not alone" --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -m "swarm and alone"
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .

@@ -19,7 +19,7 @@ KILLS = int(os.environ.get("SWARM_KILLS", "5"))
 BASE_S = 180.0
 PER_KILL_S = 20.0
 
-pytestmark = [pytest.mark.swarm, pytest.mark.timeout(BASE_S + PER_KILL_S * KILLS)]
+pytestmark = [pytest.mark.swarm, pytest.mark.alone, pytest.mark.timeout(BASE_S + PER_KILL_S * KILLS)]
 
 
 @pytest.fixture(scope="module")

@@ -59,6 +59,7 @@ def test_the_demo_trains_exchanges_and_replays(environment: dict[str, str]) -> N
 
 
 @pytest.mark.swarm
+@pytest.mark.alone
 def test_three_nodes_learn_in_four_rounds(environment: dict[str, str]) -> None:
     result = demo(environment, "--nodes", "3", "--rounds", "4")
     losses = result["val_loss"]
@@ -72,6 +73,7 @@ def test_three_nodes_learn_in_four_rounds(environment: dict[str, str]) -> None:
 
 
 @pytest.mark.swarm
+@pytest.mark.alone
 def test_a_cheater_is_rejected_and_nobody_else_is(environment: dict[str, str]) -> None:
     result = demo(environment, "--nodes", "2", "--rounds", "4", "--cheaters", "1")
     assert {entry["node"] for entry in result["rejected"]} == {"cheater-1"}
@@ -80,6 +82,7 @@ def test_a_cheater_is_rejected_and_nobody_else_is(environment: dict[str, str]) -
 
 
 @pytest.mark.swarm
+@pytest.mark.alone
 def test_ctrl_c_ends_the_demo_and_everything_that_it_started(environment: dict[str, str]) -> None:
     command = [sys.executable, "-m", "swarm_node", "demo", "--nodes", "2", "--rounds", "50"]
     with subprocess.Popen(
@@ -95,6 +98,7 @@ def test_ctrl_c_ends_the_demo_and_everything_that_it_started(environment: dict[s
 
 
 @pytest.mark.swarm
+@pytest.mark.alone
 @pytest.mark.parametrize("cheat", ["learning-rate-slight", "flipped-bit"])
 def test_exact_training_is_equal_on_any_kernels_and_the_slightest_cheat_is_not(
     environment: dict[str, str], cheat: str

@@ -12,7 +12,7 @@ import pytest
 
 from swarm_protocol import chunks
 
-pytestmark = pytest.mark.swarm
+pytestmark = [pytest.mark.swarm, pytest.mark.alone]
 
 Start = Callable[..., Any]
 

@@ -18,7 +18,7 @@ from tests.swarm.gossiping import SPEC, in_one_loop, ledger_head, members, plan,
 from swarm_protocol.gossip.supervisor import GossipSupervisor
 from swarm_protocol.identity import Identity
 
-pytestmark = pytest.mark.swarm
+pytestmark = [pytest.mark.swarm, pytest.mark.alone]
 
 WAYS = ("garbage", "forged", "foreign", "stale", "oversized", "flood", "frames", "streams")
 ROUND = 100

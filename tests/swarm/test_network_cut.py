@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = [pytest.mark.swarm, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.swarm, pytest.mark.alone, pytest.mark.timeout(900)]
 
 Start = Callable[..., Any]
 

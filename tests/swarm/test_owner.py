@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.swarm
+pytestmark = [pytest.mark.swarm, pytest.mark.alone]
 
 QUEUED = "1st in the queue: this run audits newcomers whole and has room for 1 at a time"
 PAUSED = "the run owner has paused the run"

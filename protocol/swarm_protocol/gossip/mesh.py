@@ -32,6 +32,8 @@ MAX_CONTROL_IDS = 2048
 WRITE_S = 10.0
 STREAMS_PER_NEIGHBOUR = 2  # a new one may come before the end of the old one is noticed
 HEARTBEAT_S = 1
+GOSSIP_WINDOW, GOSSIP_HISTORY = 6, 12  # heartbeats in which a record is offered again, and can be asked for
+MAX_QUEUED = 128
 DEGREE, DEGREE_LOW, DEGREE_HIGH = 5, 4, 8
 
 
@@ -64,6 +66,8 @@ class _Router(GossipSub):  # type: ignore[misc]
             degree_low=DEGREE_LOW,
             degree_high=DEGREE_HIGH,
             heartbeat_interval=HEARTBEAT_S,
+            gossip_window=GOSSIP_WINDOW,
+            gossip_history=GOSSIP_HISTORY,
             score_params=ScoreParams(
                 p4_invalid_messages=TopicScoreParams(weight=10.0, cap=10.0, decay=0.9),
                 p5_behavior_penalty_weight=1.0,
@@ -157,6 +161,12 @@ class Mesh(Pubsub):  # type: ignore[misc]
             if rpc.HasField("control"):
                 await self.router.handle_rpc(rpc_pb2.RPC(control=rpc.control), peer_id)
             await trio.lowlevel.checkpoint()
+
+    async def _handle_new_peer(self, peer_id: Any) -> None:
+        await super()._handle_new_peer(peer_id)
+        queue = self.peer_queues.get(peer_id)
+        if queue is not None:
+            queue._queue.max_size = MAX_QUEUED  # of the 32 that it has, a short stall makes it drop some
 
     async def push_msg(self, msg_forwarder: Any, msg: Any) -> None:
         """Judge a message, and pass it on if it is accepted."""

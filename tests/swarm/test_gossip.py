@@ -80,8 +80,9 @@ def test_a_newcomer_gets_what_is_newest_and_asks_for_the_rest(three: Three) -> N
                 await process.client.ask_spec("/ip4/127.0.0.1/tcp/1")
             await process.client.join(joining(bootstrap=three.owner.addresses))
             async with asyncio.timeout(10):
-                first = await anext(process.client.records())
-            assert first == signed(plan(4))
+                async for envelope in process.client.records():
+                    if envelope == signed(plan(4)):
+                        break
             assert await process.client.record(plan(3).hash) == signed(plan(3))
             with pytest.raises(UnreachableError):
                 await process.client.record(plan(9).hash)
@@ -175,12 +176,11 @@ def test_only_noise_is_offered_on_the_wire(three: Three) -> None:
 
 
 def test_nobody_else_gets_at_the_control_socket(three: Three) -> None:
-    """One client, then no socket: its file is gone as soon as the supervisor is connected."""
+    """One client, then no socket: it is gone with its private folder as soon as the supervisor is connected."""
     for one in (three.owner, three.other, three.third):
         folder = Path(psutil.Process(one.pid).cmdline()[-1]).parent
         assert folder.parent == Path(tempfile.gettempdir())
-        assert folder.stat().st_mode & 0o777 == 0o700
-        assert list(folder.iterdir()) == []
+        assert not folder.exists()
 
 
 def test_a_killed_process_is_back_within_seconds_with_its_address_and_hears_what_it_missed(three: Three) -> None:

@@ -49,6 +49,8 @@ async def serve(path: Path) -> None:
     finally:
         listener.close()
         path.unlink(missing_ok=True)  # noqa: ASYNC240
+        with contextlib.suppress(OSError):
+            path.parent.rmdir()  # nothing is left, however this process ends
     _, user, _ = struct.unpack("3i", client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
     if user != os.getuid():
         raise ConfigurationError("another user connects to the gossip process")

@@ -76,13 +76,14 @@ def test_an_address_that_asks_too_often_is_told_when_to_come_back(make_cast: Mak
     cast = make_cast()
 
     async def script(api: Api) -> None:
+        before = api.service.log_head
         for _ in range(3):
             assert (await api.http.get("/healthz")).status_code == 200
         answer = await api.offer(cast.registration(cast.nodes[0]))
         assert (answer.status_code, answer.json()["code"]) == (429, "too-many-requests")
         assert answer.headers["content-type"] == "application/problem+json"
         assert answer.headers["retry-after"] == "100"
-        assert api.service.log_head[0] == 3
+        assert api.service.log_head == before
 
     play(cast, script, address=ABROAD, limits=Limits(address_per_s=0.01, address_burst=3))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 import pytest
@@ -35,7 +36,7 @@ def url(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Monk
         import httpx
 
         assert httpx.put(f"http://{host}:{port}/swarm").status_code == 200
-        yield "s3://swarm/a run"
+        yield f"s3://swarm/a run {uuid4().hex}"  # servers of one process share what is in them
     finally:
         server.stop()
 

@@ -203,6 +203,16 @@ def worker(
     asyncio.run(_until_stopped(working.run(directory, url, host)))
 
 
+@app.command(hidden=True)
+def gossip(directory: Directory, url: Url) -> None:
+    """The gossip of a run; `serve` starts it where coordinator.toml says where to listen."""
+    from swarm_coordinator import gossiping
+    from swarm_coordinator.run_directory import RunDirectory
+
+    logs.configure(RunDirectory(directory).config().log)
+    asyncio.run(_until_stopped(gossiping.run(directory, url)))
+
+
 @app.command()
 def audit(
     where: Annotated[str, typer.Argument(help="The run's directory, or the coordinator's address.")],

@@ -101,6 +101,14 @@ class Metrics(_Section):
     tensorboard_dir: Path | None = Field(None, description="a folder to write TensorBoard's event files to")
 
 
+class Gossip(_Section):
+    listen: str | None = Field(
+        None,
+        pattern=r"^/ip[46]/[0-9a-fA-F.:]+/tcp/[0-9]{1,5}$",
+        description="where to gossip, such as /ip4/0.0.0.0/tcp/8471; left out: the coordinator does not gossip",
+    )
+
+
 class Log(_Section):
     format: Literal["text", "json"] = "text"
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
@@ -115,6 +123,7 @@ class CoordinatorConfig(_Section):
     admission: Admission = Admission()
     limits: Limits = Limits()
     metrics: Metrics = Metrics()
+    gossip: Gossip = Gossip()
     log: Log = Log()
 
     @model_validator(mode="after")

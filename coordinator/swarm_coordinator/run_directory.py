@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,18 @@ class RunDirectory:
     @property
     def database(self) -> Path:
         return self.root / "coordinator.db"
+
+    @property
+    def gossip_file(self) -> Path:
+        """Where the run is gossiped from here, as long as it is."""
+        return self.root / "gossip.json"
+
+    def gossip(self) -> list[str]:
+        """The multiaddrs at which the run is gossiped from here; none while it is not."""
+        try:
+            return [str(address) for address in json.loads(self.gossip_file.read_text())]
+        except (FileNotFoundError, ValueError):
+            return []
 
     @property
     def ancestors_file(self) -> Path:

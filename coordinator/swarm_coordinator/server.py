@@ -206,6 +206,9 @@ def _further(homes: Sequence[RunDirectory], settings: config.CoordinatorConfig, 
 def _commands(home: RunDirectory, url: str, host: str, label: str) -> dict[str, list[str]]:
     program = [sys.executable, "-m", "swarm_coordinator"]
     commands = {f"checkpoint worker{label}": [*program, "worker", str(home.root), "--url", url, "--host", host]}
+    home.gossip_file.unlink(missing_ok=True)
+    if home.config().gossip.listen is not None:
+        commands[f"gossip{label}"] = [*program, "gossip", str(home.root), "--url", url]
     for path in home.auditor_keys():
         commands[f"auditor {path.stem}{label}"] = [*program, "audit", str(home.root), "--url", url, "--key", str(path)]
     return commands

@@ -61,10 +61,16 @@ class Service:
     """Open it with `open_service`."""
 
     def __init__(
-        self, journal: Journal, store: Store, clock: Callable[[], int], ancestors: tuple[Ancestor, ...] = ()
+        self,
+        journal: Journal,
+        store: Store,
+        clock: Callable[[], int],
+        ancestors: tuple[Ancestor, ...] = (),
+        gossip: Callable[[], list[str]] = list,
     ) -> None:
         self.store = store
         self.ancestors = ancestors
+        self.gossip = gossip
         self._journal = journal
         self._clock = clock
         self._topics = Topics()
@@ -427,7 +433,7 @@ async def open_service(directory: RunDirectory, clock: Callable[[], int] | None 
     leads = shared is None or shared.campaign()
     ancestors = directory.ancestors()
     journal = (Journal if leads else Mirror).open(directory, clock())
-    service = Service(journal, Store(directory.objects_url()), clock, ancestors)
+    service = Service(journal, Store(directory.objects_url()), clock, ancestors, directory.gossip)
     sharing = None
     try:
         if shared is not None:

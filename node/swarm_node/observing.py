@@ -226,15 +226,14 @@ async def _observe(where: str, run: str | None, listen: str, rounds: int | None,
             sys.stdout.write(f"{'ALARM: ' if said.event == 'alarm' else ''}{said.text}\n")
         sys.stdout.flush()
 
-    addresses = [where] if where.startswith("/") else await _addresses(where)
-    spec_bytes = await _spec(addresses[0], run)
+    addresses, spec_bytes = await (_of_address(where, run) if where.startswith("/") else _of_coordinator(where, run))
     found = Observation(RunSpec.decode(spec_bytes))
     run_id, coordinator = found.spec.run_id.hex(), peer_id(bytes.fromhex(found.spec.coordinator))
     tell(
         Said(
             "observing",
             f"observing  {found.spec.name}, run {run_id}\nsigned by  {coordinator}"
-            + ("" if run else f"\n           (as {addresses[0]} says; pin it with --run)"),
+            + ("" if run else f"\n           (as {where} says; pin it with --run)"),
             {"name": found.spec.name, "run": run_id, "coordinator": coordinator},
         )
     )
@@ -243,31 +242,32 @@ async def _observe(where: str, run: str | None, listen: str, rounds: int | None,
     return 1 if found.alarms else 0
 
 
-async def _addresses(url: str) -> list[str]:
-    """Where the coordinator at a URL gossips."""
+async def _of_coordinator(url: str, run: str | None) -> tuple[list[str], bytes]:
+    """Where the coordinator at a URL gossips, and its run's spec."""
     from swarm_protocol.client import CoordinatorClient
 
     async with await CoordinatorClient.connect(url) as client:
-        try:
-            said = await client.json("/gossip")
-        except SwarmError as error:
-            raise ConfigurationError(
-                f"the coordinator at {url} does not gossip ({error}); give the multiaddr of one who does"
-            ) from error
+        said = await client.json("/gossip")
+        _require(run, client.spec, url)
+        spec = client.spec.encode()
     found = wire.text_list(said.get("multiaddrs"), wire.MAX_ADDRESSES)
     if not found:
-        raise ConfigurationError(f"the coordinator at {url} does not gossip; give the multiaddr of one who does")
-    return found
+        raise ConfigurationError(f"the coordinator at {url} does not gossip; give the multiaddr of somebody who does")
+    return found, spec
 
 
-async def _spec(address: str, run: str | None) -> bytes:
-    """The spec of the run that is gossiped there; it has to be this one, if one is given."""
+async def _of_address(address: str, run: str | None) -> tuple[list[str], bytes]:
+    """An address where a run is gossiped, and the spec of that run."""
     async with GossipProcess() as process:
         data = await process.client.ask_spec(address)
-    found = RunSpec.decode(data).run_id.hex()
+    _require(run, RunSpec.decode(data), address)
+    return [address], data
+
+
+def _require(run: str | None, spec: RunSpec, where: str) -> None:
+    found = spec.run_id.hex()
     if run is not None and found != run:
-        raise HashMismatchError(f"run {found} is gossiped at {address}, not {run}")
-    return data
+        raise HashMismatchError(f"run {found} is gossiped at {where}, not {run}")
 
 
 async def _follow(gossip: GossipSupervisor, found: Observation, rounds: int | None, tell: Any) -> None:

@@ -400,10 +400,12 @@ class CoordinatorClient:
             raise InvalidDataError("the coordinator's log head is not a size and a root") from error
         return size, root
 
-    async def signed_log_head(self) -> tuple[LogHead, Envelope]:
-        """The log's head as the coordinator signs it."""
+    async def signed_log_head(self, *, after: int | None = None, wait_s: float = 0.0) -> tuple[LogHead, Envelope]:
+        """The log's head as the coordinator signs it; waits so long for a log of more than `after` leaves."""
+        params = {} if after is None else {"after": after, "wait_s": wait_s}
+        response = await self._call("GET", "/log/head", MAX_JSON_BYTES, timeout_s=wait_s + TIMEOUT_S, params=params)
         try:
-            envelope = Envelope.decode(bytes.fromhex((await self.json("/log/head"))["signed"]))
+            envelope = Envelope.decode(bytes.fromhex(json_of(response)["signed"]))
         except (KeyError, TypeError, ValueError) as error:
             raise InvalidDataError("the coordinator's log head is not signed") from error
         return envelope.open_as(LogHead, run=self.spec.run_id, key=self._owner), envelope

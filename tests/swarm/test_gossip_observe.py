@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
+import httpx
 import pytest
 from tests.swarm.gossiping import OWNER, RUN, ZERO, Ledger, manifest, members, plan, signed
 
@@ -35,9 +36,9 @@ async def observing(*arguments: str) -> AsyncIterator[asyncio.subprocess.Process
         await process.wait()
 
 
-async def events(process: asyncio.subprocess.Process) -> AsyncIterator[dict[str, Any]]:
+async def events(process: asyncio.subprocess.Process, *, within_s: float = 40) -> AsyncIterator[dict[str, Any]]:
     assert process.stdout is not None
-    async with asyncio.timeout(40):
+    async with asyncio.timeout(within_s):
         async for line in process.stdout:
             yield json.loads(line)
 
@@ -106,3 +107,28 @@ def test_a_run_that_is_not_the_one_that_was_asked_for_is_refused() -> None:
             assert f"run {RUN.hex()} is gossiped at" in errors.decode()
 
     asyncio.run(story())
+
+
+def test_a_live_run_is_followed_from_its_coordinators_address(start_run: Callable[..., Any]) -> None:
+    run = start_run(rounds=2, min_nodes=1, max_nodes=1, numerics="exact")
+    settings = run.home / "coordinator.toml"
+    settings.write_text(settings.read_text().replace('# listen = ""', 'listen = "/ip4/127.0.0.1/tcp/0"'))
+    run.serve()
+    address = f"{run.url}/v1/runs/{run.status()['run_id']}/gossip"
+    run.until(lambda: httpx.get(address).json()["multiaddrs"], what="the coordinator gossips")
+
+    async def story() -> list[dict[str, Any]]:
+        async with observing(run.url, "--json") as process:
+            told = events(process, within_s=180)
+            found = [await anext(told)]
+            run.join("only")
+            async for event in told:
+                found.append(event)
+            assert await process.wait() == 0, "everything fits"
+        return found
+
+    found = asyncio.run(story())
+    assert [one["round"] for one in found if one["event"] == "round"] == [0, 1]
+    assert [one["event"] for one in found if one["event"] in ("alarm", "end")] == ["end"]
+    verified = max(one["size"] for one in found if one["event"] == "log")
+    assert verified > 10, "the log was fetched from the coordinator's member, and grew into its signed heads"

@@ -30,6 +30,12 @@ class RunSummary(BaseModel):
     nodes: int = Field(description="nodes in good standing that were heard of lately")
 
 
+class GossipAddresses(BaseModel):
+    """Where a run's announcements are gossiped from."""
+
+    multiaddrs: list[str] = Field(description="of the coordinator's member of the gossip; empty where it has none")
+
+
 class Peers(BaseModel):
     """What nodes ask for every few seconds."""
 

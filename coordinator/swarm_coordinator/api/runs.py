@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
@@ -11,13 +12,14 @@ from swarm_coordinator.api.access import (
     Hash,
     IfNoneMatch,
     TheRun,
+    Wait,
     binary,
     get_and_head,
     missing,
     served,
     unchanging,
 )
-from swarm_coordinator.api.models import AncestorList, LogHead, LogProof, Peers, RunStatus, RunSummary
+from swarm_coordinator.api.models import AncestorList, GossipAddresses, LogHead, LogProof, Peers, RunStatus, RunSummary
 from swarm_coordinator.api.problems import documented
 from swarm_coordinator.api.status import ancestor_summaries, run_status, run_summary, way_in
 from swarm_coordinator.db.archive import Archive
@@ -68,6 +70,17 @@ async def peers(run: TheRun) -> Peers:
     return await run.recent("peers", query, PEERS_AGE_S)
 
 
+@router.get(
+    "/v1/runs/{run_id}/gossip",
+    tags=["runs"],
+    summary="The gossip plane's way in",
+    description="`swarm-node observe` follows a run from there.",
+    responses=documented(404, 422),
+)
+async def gossip(run: TheRun) -> GossipAddresses:
+    return GossipAddresses(multiaddrs=await asyncio.to_thread(run.gossip))
+
+
 @get_and_head(
     router,
     "/v1/runs/{run_id}/spec",
@@ -100,9 +113,12 @@ async def record(run: TheRun, digest: Hash, if_none_match: IfNoneMatch = None) -
     "/v1/runs/{run_id}/log/head",
     tags=["log"],
     summary="Size and root of the transparency log",
+    description="With `after` it waits until the log has more leaves than that; if none come, the head is as it was.",
     responses=documented(404, 422),
 )
-async def log_head(run: TheRun) -> LogHead:
+async def log_head(run: TheRun, wait_s: Wait, after: LogSize | None = None) -> LogHead:
+    if after is not None:
+        await run.poll("log", lambda archive: True if run.log_head[0] > after else None, wait_s)
     size, root, signed = run.signed_head()
     return LogHead(size=size, root=root.hex(), signed=signed.hex())
 

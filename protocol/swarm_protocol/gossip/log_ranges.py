@@ -26,12 +26,29 @@ def provide(entries: Sequence[bytes], log: Log, wanted: wire.Wanted) -> bytes:
     Raises:
         RefusedError: they are not all here.
     """
-    last = min(wanted.first + min(wanted.count, wire.MAX_ENTRIES), wanted.size)
-    if wanted.what != "log" or not wanted.first < last <= wanted.size <= min(log.size, len(entries)):
+    first, last = bounds(log, wanted)
+    if len(entries) < wanted.size:
         raise RefusedError("not here")
+    return pack(entries[first:last], log, wanted)
+
+
+def bounds(log: Log, wanted: wire.Wanted) -> tuple[int, int]:
+    """The first entry of the range that is wanted, and the one after its last.
+
+    Raises:
+        RefusedError: `log` does not have them.
+    """
+    last = min(wanted.first + min(wanted.count, wire.MAX_ENTRIES), wanted.size)
+    if wanted.what != "log" or not wanted.first < last <= wanted.size <= log.size:
+        raise RefusedError("not here")
+    return wanted.first, last
+
+
+def pack(entries: Sequence[bytes], log: Log, wanted: wire.Wanted) -> bytes:
+    """The answer that consists of these entries of `log`, those from `wanted.first` on, as far as there is room."""
     chosen: list[bytes] = []
     room = ENTRIES_BYTES
-    for entry in entries[wanted.first : last]:
+    for entry in entries:
         room -= len(entry)
         if chosen and room < 0:
             break

@@ -115,16 +115,15 @@ def test_a_live_run_is_followed_from_its_coordinators_address(start_run: Callabl
     settings.write_text(settings.read_text().replace('# listen = ""', 'listen = "/ip4/127.0.0.1/tcp/0"'))
     run.serve()
     address = f"{run.url}/v1/runs/{run.status()['run_id']}/gossip"
-    run.until(lambda: httpx.get(address).json()["multiaddrs"], what="the coordinator gossips")
+    run.until(lambda: httpx.get(address).json()["multiaddrs"] or None, what="the coordinator gossips")
 
     async def story() -> list[dict[str, Any]]:
         async with observing(run.url, "--json") as process:
             told = events(process, within_s=180)
-            found = [await anext(told)]
             run.join("only")
-            async for event in told:
-                found.append(event)
-            assert await process.wait() == 0, "everything fits"
+            found = [event async for event in told]
+            _, errors = await process.communicate()
+            assert process.returncode == 0, errors.decode()
         return found
 
     found = asyncio.run(story())
